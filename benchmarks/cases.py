@@ -1,0 +1,57 @@
+"""What is run, and what each ratio ought to be: the one table to edit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: a method on a model, and the ratio to the floor that it is to stay under."""
+
+    method: str
+    model: str
+    batch: int
+    limit: float
+    targets: int = 1
+
+    def __str__(self) -> str:
+        suffix = f" × {self.targets} targets" if self.targets > 1 else ""
+        return f"{self.method}{suffix}"
+
+
+CASES = (
+    # Through keys, a single state pays for the TensorDict; a batch must not notice it.
+    *(
+        Case(method, model, batch, limit)
+        for method in ("saliency", "input_x_gradient")
+        for model, batch, limit in (
+            ("mlp", 1, 1.5),
+            ("mlp", 256, 1.05),
+            ("mlp", 4096, 1.05),
+            ("nature", 32, 1.05),
+        )
+    ),
+    *(
+        Case("ig", model, batch, 1.0, targets)
+        for model, batch, most in (("mlp", 1, 16), ("mlp", 256, 16), ("nature", 4, 4))
+        for targets in (1, 4, 16)
+        if targets <= most
+    ),
+    Case("ig_each", "mlp", 256, 1.0, 16),
+    *(Case("lrp", "mlp", batch, 1.5) for batch in (1, 256, 4096)),
+    *(Case("lrp", model, batch, 1.15) for model, batch in (("nature", 32), ("vgg", 4))),
+    Case("lrp", "resnet", 4, 1.15),
+    *(Case("epsilon_plus", model, 4, 1.15) for model in ("vgg", "resnet")),
+    Case("epsilon_plus", "nature", 32, 1.15),
+    # 500 modules: preparing, entering and leaving; then one call within the context.
+    Case("enter", "chain", 1, 2.0),
+    Case("call", "chain", 1, 2.0),
+    # The policy's own plain call while it is wrapped.
+    *(Case("plain", "mlp", batch, 1.02) for batch in (1, 256)),
+)
+
+METHODS = tuple(dict.fromkeys(case.method for case in CASES))
+
+# A method that is to be this many times as fast as a peer.
+FASTER_THAN = {"epsilon_plus": ("zennit", 2.0)}

@@ -1,0 +1,63 @@
+"""Which key, which feature, which time step, which agent made the policy do that?
+
+Attribution for policies and models that speak TensorDict::
+
+    with LRP(EpsilonPlus(), target="state_value").prepare(critic) as hooked:
+        td = hooked(td)                 # the critic's outputs, unchanged, plus
+    td["attr", "observation"]           # relevance, of the shape of td["observation"]
+"""
+
+from tdhook_like.attribution import LRP, InputXGradient, IntegratedGradients, Method, Saliency
+from tdhook_like.attribution.lrp import EpsilonPlus
+from tdhook_like.baselines import FromBuffer, FromKey
+from tdhook_like.call import CompletenessWarning
+from tdhook_like.context import HookContext, HookedModule
+from tdhook_like.errors import (
+    BaselineError,
+    ContextError,
+    InputError,
+    KeyNotFoundError,
+    LayoutError,
+    LockedError,
+    ModelError,
+    PathError,
+    RuleError,
+    TargetError,
+    TdhookLikeError,
+)
+from tdhook_like.targets import Contrast, Each, Function, Greedy, LogProb, Output, Taken, Target
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LRP",
+    "BaselineError",
+    "CompletenessWarning",
+    "ContextError",
+    "Contrast",
+    "Each",
+    "EpsilonPlus",
+    "FromBuffer",
+    "FromKey",
+    "Function",
+    "Greedy",
+    "HookContext",
+    "HookedModule",
+    "InputError",
+    "InputXGradient",
+    "IntegratedGradients",
+    "KeyNotFoundError",
+    "LayoutError",
+    "LockedError",
+    "LogProb",
+    "Method",
+    "ModelError",
+    "Output",
+    "PathError",
+    "RuleError",
+    "Saliency",
+    "Taken",
+    "Target",
+    "TargetError",
+    "TdhookLikeError",
+]

@@ -1,0 +1,135 @@
+"""Modified parameters as temporaries: a layer's own map with other weights, the layer untouched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdhook_like.errors import RuleError
+
+__all__ = ["ParamModifier", "effective_parameters", "with_parameters"]
+
+ModifyFn = Callable[[str, Tensor], Tensor]
+SelectFn = Callable[[str, Tensor], bool]
+
+
+class ParamModifier:
+    """What becomes of a layer's parameters in a rule.
+
+    Applied to the *effective* parameters at call time, so weight-norm and other parametrizations,
+    NoisyLinear's noise, ``functional_call`` and vmapped stacked parameters are right. Nothing is
+    assigned to the layer.
+
+    Args:
+        modify_fn: From name (``"weight"``, ``"bias"``) and value to the modified value, of the same
+            shape; the identity if None.
+        select_fn: Which parameters are modified; all of them if None.
+
+    >>> positive = ParamModifier(lambda name, p: p.clamp(min=0))
+    >>> layer = nn.Linear(2, 1, bias=False)
+    >>> bool((positive(layer)["weight"] >= 0).all())
+    True
+    """
+
+    def __init__(self, modify_fn: ModifyFn | None = None, select_fn: SelectFn | None = None) -> None:
+        for name, given in (("modify_fn", modify_fn), ("select_fn", select_fn)):
+            if given is not None and not callable(given):
+                raise RuleError(f"ParamModifier: {name} must be callable, got {given!r}.")
+        self._modify_fn = modify_fn or (lambda name, param: param)
+        self._select_fn = select_fn or (lambda name, param: True)
+
+    def modify(self, name: str, param: Tensor) -> Tensor:
+        """The modified value of one parameter, or the value itself where it is not selected.
+
+        Raises:
+            RuleError: If the modified value has another shape or is no tensor.
+        """
+        if not self._select_fn(name, param):
+            return param
+        modified = self._modify_fn(name, param)
+        if not isinstance(modified, Tensor) or modified.shape != param.shape:
+            got = tuple(modified.shape) if isinstance(modified, Tensor) else type(modified).__name__
+            raise RuleError(
+                f"ParamModifier made {got} of parameter {name!r} of shape {tuple(param.shape)}: "
+                "modify_fn must return a tensor of the same shape."
+            )
+        return modified
+
+    def __call__(self, module: nn.Module) -> dict[str, Tensor]:
+        """The modified effective parameters of a layer, by name, without a graph."""
+        with torch.no_grad():
+            effective = effective_parameters(module)
+            return {name: self.modify(name, value) for name, value in effective.items()}
+
+    @staticmethod
+    def from_modifiers(modifiers: Sequence[ParamModifier]) -> ParamModifier:
+        """One modifier that applies several, in order.
+
+        >>> double = ParamModifier(lambda name, p: 2 * p)
+        >>> no_bias = ParamModifier(lambda name, p: 0 * p, lambda name, p: name == "bias")
+        >>> both = ParamModifier.from_modifiers([double, no_bias])
+        >>> both.modify("weight", torch.ones(1)), both.modify("bias", torch.ones(1))
+        (tensor([2.]), tensor([0.]))
+        """
+        chain = tuple(modifiers)
+
+        def modify_all(name: str, param: Tensor) -> Tensor:
+            for modifier in chain:
+                param = modifier.modify(name, param)
+            return param
+
+        return ParamModifier(modify_all)
+
+
+def effective_parameters(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters that a layer's forward reads, as it reads them; no graph.
+
+    >>> layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+    >>> sorted(effective_parameters(layer))
+    ['bias', 'weight']
+    """
+    names = [name for name, value in module._parameters.items() if value is not None]
+    names += [name for name in _parametrized(module) if name not in names]
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and "weight" not in names:
+        # A weight that is computed (NoisyLinear's property, the older weight_norm's attribute):
+        # what it is computed from is not what forward reads.
+        names = [name for name in ("weight", "bias") if isinstance(getattr(module, name), Tensor)]
+    return {name: getattr(module, name).detach() for name in names}
+
+
+def with_parameters(module: nn.Module, parameters: Mapping[str, Tensor | None]) -> nn.Module:
+    """A stand-in for a layer whose forward reads ``parameters`` and everything else of the layer.
+
+    Call its ``forward``; the layer itself is only read.
+
+    >>> layer = nn.Linear(2, 1)
+    >>> with_parameters(layer, {"weight": torch.ones(1, 2), "bias": None}).forward(torch.ones(2))
+    tensor([2.])
+    """
+    twin = object.__new__(_plain_type(module, parameters))
+    state: dict[str, Any] = dict(vars(module))
+    for name in parameters:
+        state.pop(name, None)
+    state.pop("forward", None)
+    state["_parameters"] = {**module._parameters, **parameters}
+    if module.training and module._buffers:  # a second run must not count as a second batch
+        state["_buffers"] = {k: None if b is None else b.clone() for k, b in module._buffers.items()}
+    twin.__dict__ = state
+    return twin
+
+
+def _parametrized(module: nn.Module) -> list[str]:
+    held = module._modules.get("parametrizations")
+    return list(held._modules) if isinstance(held, nn.ModuleDict) else []
+
+
+def _plain_type(module: nn.Module, names: Mapping[str, Any]) -> type[nn.Module]:
+    """The first class in the layer's ancestry in which the parameters are not properties."""
+    for kind in type(module).__mro__:
+        if not any(isinstance(getattr(kind, name, None), property) for name in names):
+            return kind
+    raise RuleError(f"{type(module).__name__} computes its parameters in a way that rules cannot see.")

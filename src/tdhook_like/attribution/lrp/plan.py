@@ -1,0 +1,154 @@
+"""The plan: which submodule of a given model gets which rule and why; and its hooks for one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from tdhook_like.attribution.lrp.mappers import HOMOGENEOUS
+from tdhook_like.attribution.lrp.rule import Inputs, Rule, RuleMapper, registered
+from tdhook_like.attribution.lrp.rules import IgnoreRule, PassRule
+from tdhook_like.errors import RuleError, listed
+from tdhook_like.hooks.installation import Before, Handler
+from tdhook_like.paths import walk
+
+__all__ = ["Planned", "RulePlan"]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One line of a plan.
+
+    Attributes:
+        path: The submodule's path.
+        module: The submodule.
+        rule: Its rule.
+        why: ``"by hand"`` or ``"by the mapper"``; what it amounts to where that is a plain gradient.
+        acts: Whether a hook is needed for it.
+    """
+
+    path: str
+    module: nn.Module
+    rule: Rule
+    why: str
+    acts: bool
+
+
+class RulePlan:
+    """Which rule every submodule of a model gets. Prints as a table.
+
+    Args:
+        model: The model.
+        mapper: From path and submodule to a rule, or None.
+
+    Raises:
+        RuleError: If the mapper is not callable, gives something else than a rule, or a rule that
+            cannot sit on its module.
+
+    >>> from tdhook_like.attribution.lrp import EpsilonPlus
+    >>> print(RulePlan(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), EpsilonPlus()))
+    path  type    rule                        why
+    0     Linear  EpsilonRule(epsilon=1e-06)  by the mapper
+    1     ReLU    PassRule()                  by the mapper: its own gradient is this rule
+    """
+
+    def __init__(self, model: nn.Module, mapper: RuleMapper) -> None:
+        if not callable(mapper) or isinstance(mapper, type | Rule):
+            raise RuleError(
+                f"The rule mapper must be a callable (name, module) -> Rule | None, got {mapper!r}. "
+                "An instance is needed where it is a class; for one rule everywhere, "
+                "give lambda name, module: rule if isinstance(module, ...) else None."
+            )
+        found: dict[int, tuple[str, nn.Module, Rule, str]] = {}
+        for path, module, _ in walk(model):
+            if id(module) in found:
+                continue
+            rule, why = registered(module), "by hand"
+            if rule is None:
+                rule, why = mapper(path, module), "by the mapper"
+            if rule is None:
+                continue
+            if not isinstance(rule, Rule):
+                raise RuleError(
+                    f"The mapper gave {rule!r} for module {path!r} ({type(module).__name__}): it must "
+                    "give a Rule instance or None."
+                )
+            reason = rule.check(module)
+            if reason:
+                raise RuleError(f"{rule!r} cannot sit on {path!r} ({type(module).__name__}): {reason}")
+            found[id(module)] = (path, module, rule, why)
+        exact = any(rule.feeds_zeros for _, _, rule, _ in found.values())
+        self.lines = tuple(_planned(*item, exact=exact) for item in found.values())
+
+    def __str__(self) -> str:
+        rows = [("path", "type", "rule", "why")]
+        rows += [(p.path or "(root)", type(p.module).__name__, repr(p.rule), p.why) for p in self.lines]
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        return "\n".join(
+            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]])
+            for row in rows
+        )
+
+    def hooks(
+        self, reached: set[str], of: Callable[[nn.Module], nn.Module]
+    ) -> tuple[dict[nn.Module, Handler], dict[nn.Module, Before]]:
+        """Handlers for one call, on the modules that ``of`` gives for those of the plan.
+
+        Args:
+            reached: Gets the path of every module that is called.
+            of: From a module of the plan to the one that runs in its place.
+        """
+        after: dict[nn.Module, Handler] = {}
+        before: dict[nn.Module, Before] = {}
+        for line in self.lines:
+            if not line.acts:
+                continue
+            module = of(line.module)
+            if getattr(module, "inplace", False) is True:
+                kept: list[Tensor] = []
+                before[module] = _keeper(kept)
+                after[module] = _handler(line, reached, kept)
+            else:
+                after[module] = _handler(line, reached, None)
+        return after, before
+
+    def check_reached(self, reached: set[str]) -> None:
+        """Raises :class:`RuleError` where a rule's module was never called."""
+        missed = [line for line in self.lines if line.acts and line.path not in reached]
+        if missed:
+            raise RuleError(
+                f"The rules of {listed(line.path for line in missed)} were never reached: the forward "
+                "does not call these modules (it may use their weights directly, or skip them). "
+                "Let the mapper give None for them, or pass unreached='ignore' to LRP."
+            )
+
+
+def _planned(path: str, module: nn.Module, rule: Rule, why: str, *, exact: bool) -> Planned:
+    acts = not isinstance(rule, IgnoreRule)
+    if type(rule) is PassRule and isinstance(module, HOMOGENEOUS) and not exact:
+        # Where no other rule gives relevance to zeros, the gradient passes all of it on.
+        acts = False
+    return Planned(path, module, rule, why if acts else f"{why}: its own gradient is this rule", acts)
+
+
+def _keeper(kept: list[Tensor]) -> Before:
+    def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
+        kept.append(args[0].clone())  # the module is about to overwrite it
+
+    return keep
+
+
+def _handler(line: Planned, reached: set[str], kept: list[Tensor] | None) -> Handler:
+    def handle(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        reached.add(line.path)
+        if kept:
+            args = (kept.pop(), *args[1:])
+        try:
+            return line.rule.apply(module, Inputs(args, kwargs), output)
+        except RuleError as error:
+            raise RuleError(f"At {line.path!r}: {error}") from error
+
+    return handle

@@ -1,0 +1,259 @@
+"""What a rule is: the base class with its two doors, and how a rule is put on a module by hand."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from tdhook_like.errors import RuleError
+from tdhook_like.hooks.surrogate import attach, nonzero
+
+__all__ = ["Inputs", "RemovableRuleHandle", "Rule", "RuleMapper", "registered"]
+
+
+class Inputs(tuple[Any, ...]):
+    """The positional arguments of a module's call, with its keyword arguments beside them.
+
+    >>> inputs = Inputs((torch.ones(2),), {"mask": torch.tensor([True])})
+    >>> len(inputs), list(inputs.kwargs), len(inputs.tensors)
+    (1, ['mask'], 1)
+    """
+
+    kwargs: dict[str, Any]
+
+    def __new__(cls, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Inputs:
+        made = super().__new__(cls, args)
+        made.kwargs = kwargs or {}
+        return made
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The floating-point tensors among all arguments, in order."""
+        flat, _ = tree_flatten((tuple(self), self.kwargs))
+        return [item for item in flat if isinstance(item, Tensor) and item.is_floating_point()]
+
+    @property
+    def attributed(self) -> list[Tensor]:
+        """Those of :attr:`tensors` through which relevance flows on."""
+        return [tensor for tensor in self.tensors if tensor.requires_grad]
+
+
+class Rule:
+    """How relevance passes through a module. Holds no per-call state; use one as often as you like.
+
+    There are two doors for rules of your own; override one of them:
+
+    * :meth:`surrogate` gives an expression whose *gradient* is the rule (relevance per unit of
+      activation). This is how every rule of the library is written.
+    * :meth:`relevance` takes the output's relevance and gives the inputs', as in the papers.
+
+    >>> class Halve(Rule):
+    ...     def relevance(self, module, inputs, output, R_out):
+    ...         return R_out / 2
+    >>> Halve()
+    Halve()
+    """
+
+    #: Whether the surrogate is made for the call and its last operation does not keep its result, as
+    #: sums and products don't; it may then be overwritten instead of copied.
+    fresh: bool = False
+    #: Whether the rule gives relevance to inputs that are exactly zero.
+    feeds_zeros: bool = False
+
+    def surrogate(self, module: nn.Module, inputs: Inputs, output: Any) -> Any:
+        """An expression in ``inputs`` of ``output``'s shape (or structure) that is differentiated.
+
+        Args:
+            module: The module that was called.
+            inputs: Its arguments, connected to the graph.
+            output: What it returned, connected to the graph.
+
+        Returns:
+            The surrogate, or None for the output's own gradient.
+        """
+        return _through_relevance(self, module, inputs, output)
+
+    def relevance(self, module: nn.Module, inputs: Inputs, output: Any, R_out: Any) -> Any:
+        """The relevance of the inputs, given that of the output.
+
+        Args:
+            module: The module that was called.
+            inputs: Its arguments, without a graph (wrap in ``torch.enable_grad`` to build one).
+            output: What it returned, without a graph.
+            R_out: The output's relevance, of its shape (a tuple where it returned several tensors).
+
+        Returns:
+            The relevance of ``inputs.tensors``: one tensor, or a tuple of as many.
+        """
+        raise RuleError(
+            f"{type(self).__name__} must override surrogate(module, inputs, output) or "
+            "relevance(module, inputs, output, R_out)."
+        )
+
+    def apply(self, module: nn.Module, inputs: Inputs, output: Any) -> Any:
+        """The output with this rule's gradient: what the hook puts in the output's place."""
+        surrogate = self.surrogate(module, inputs, output)
+        if surrogate is None:
+            return None
+        if isinstance(output, Tensor) and isinstance(surrogate, Tensor):
+            self._check_shape(module, output, surrogate)
+            return attach(output, surrogate, fresh=self.fresh)
+        outputs, spec = tree_flatten(output)
+        surrogates, _ = tree_flatten(surrogate)
+        if len(outputs) != len(surrogates):
+            raise RuleError(
+                f"{self!r} on {type(module).__name__} gave {len(surrogates)} surrogates for "
+                f"{len(outputs)} outputs: give one for each, in the output's structure."
+            )
+        attached = []
+        for value, held in zip(outputs, surrogates, strict=True):
+            if isinstance(value, Tensor) and value.is_floating_point() and isinstance(held, Tensor):
+                self._check_shape(module, value, held)
+                value = attach(value, held)
+            attached.append(value)
+        return tree_unflatten(attached, spec)
+
+    def _check_shape(self, module: nn.Module, output: Tensor, surrogate: Tensor) -> None:
+        if surrogate.shape != output.shape:
+            raise RuleError(
+                f"{self!r} on {type(module).__name__} gave a surrogate of shape "
+                f"{tuple(surrogate.shape)} for an output of shape {tuple(output.shape)}."
+            )
+
+    def check(self, module: nn.Module) -> str | None:
+        """Why the rule cannot sit on this module, or None where it can. Asked before any run."""
+        return None
+
+    def register(self, module: nn.Module) -> RemovableRuleHandle:
+        """Puts the rule on ``module`` for every LRP call until the handle is removed.
+
+        The module is not touched: the library remembers the rule beside it. A rule put on by hand
+        goes before the mapper's.
+
+        Raises:
+            RuleError: If the rule cannot sit on this module.
+
+        >>> layer = nn.Linear(2, 2)
+        >>> with Rule().register(layer):
+        ...     registered(layer)
+        Rule()
+        >>> registered(layer) is None
+        True
+        """
+        if not isinstance(module, nn.Module):
+            raise RuleError(f"{self!r} registers on a module, not on a {type(module).__name__}.")
+        reason = self.check(module)
+        if reason:
+            raise RuleError(f"{self!r} cannot sit on {type(module).__name__}: {reason}")
+        return RemovableRuleHandle(self, module)
+
+    def __repr__(self) -> str:
+        given = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_"))
+        return f"{type(self).__name__}({given})"
+
+
+RuleMapper = Callable[[str, nn.Module], Rule | None]
+"""From a submodule's path and the submodule to its rule, or None for the plain gradient."""
+
+
+class RemovableRuleHandle:
+    """A rule's place on a module; ``remove()`` or the end of a ``with`` block takes it off.
+
+    Args:
+        rule: The rule.
+        module: The module; held weakly.
+    """
+
+    def __init__(self, rule: Rule, module: nn.Module) -> None:
+        self._rule = rule
+        self._module = weakref.ref(module)
+        with _LOCK:
+            _REGISTERED.setdefault(module, []).append(self)
+
+    @property
+    def rule(self) -> Rule:
+        """The rule that was registered."""
+        return self._rule
+
+    def remove(self) -> None:
+        """Takes the rule off; doing so twice does nothing."""
+        module = self._module()
+        if module is None:
+            return
+        with _LOCK:
+            kept = [handle for handle in _REGISTERED.get(module, []) if handle is not self]
+            if kept:
+                _REGISTERED[module] = kept
+            else:
+                _REGISTERED.pop(module, None)
+
+    def __enter__(self) -> RemovableRuleHandle:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+
+_LOCK = threading.Lock()
+_REGISTERED: weakref.WeakKeyDictionary[nn.Module, list[RemovableRuleHandle]]
+_REGISTERED = weakref.WeakKeyDictionary()
+
+
+def registered(module: nn.Module) -> Rule | None:
+    """The rule that was last put on the module by hand, if any."""
+    with _LOCK:
+        handles = _REGISTERED.get(module)
+    return handles[-1].rule if handles else None
+
+
+def _through_relevance(rule: Rule, module: nn.Module, inputs: Inputs, output: Any) -> Any:
+    """The output behind a node that turns gradients into relevance, asks the rule, and back."""
+    outputs, spec = tree_flatten(output)
+    places = [i for i, v in enumerate(outputs) if isinstance(v, Tensor) and v.is_floating_point()]
+    values = [outputs[i].detach() for i in places]
+    tensors = inputs.tensors
+    flat, inputs_spec = tree_flatten((tuple(inputs), inputs.kwargs))
+
+    class Border(torch.autograd.Function):
+        @staticmethod
+        def forward(*given: Tensor) -> tuple[Tensor, ...]:
+            return tuple(value.clone() for value in values)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            pass
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+            relevance = [g * nonzero(value) for g, value in zip(grads, values, strict=True)]
+            plain = [item.detach() if isinstance(item, Tensor) else item for item in flat]
+            args, kwargs = tree_unflatten(plain, inputs_spec)
+            asked = relevance[0] if isinstance(output, Tensor) else tuple(relevance)
+            detached = [item.detach() if isinstance(item, Tensor) else item for item in outputs]
+            given = rule.relevance(
+                module, Inputs(args, kwargs), tree_unflatten(detached, spec), asked
+            )
+            shares = (given,) if isinstance(given, Tensor) else tuple(given)
+            if [s.shape for s in shares] != [x.shape for x in tensors]:
+                raise RuleError(
+                    f"{rule!r} on {type(module).__name__}: relevance() gave shapes "
+                    f"{[tuple(s.shape) for s in shares]} for inputs of shapes "
+                    f"{[tuple(x.shape) for x in tensors]}."
+                )
+            return tuple(s / nonzero(x) for s, x in zip(shares, tensors, strict=True))
+
+    for place, value in zip(places, Border.apply(*tensors), strict=True):  # pyright: ignore
+        outputs[place] = value
+    return tree_unflatten(outputs, spec)

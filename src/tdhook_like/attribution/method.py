@@ -1,0 +1,191 @@
+"""What every method is: an immutable description of what to explain and how to write it down."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from tensordict.utils import NestedKey
+from torch import Tensor, nn
+
+from tdhook_like.attribution.lrp.rule import RuleMapper
+from tdhook_like.errors import ContextError, TargetError
+from tdhook_like.keys import as_tuple, shortest
+from tdhook_like.paths import Selector
+from tdhook_like.score import Evaluation, Score, gradients
+from tdhook_like.targets import TargetSpec, as_targets
+
+if TYPE_CHECKING:
+    from tdhook_like.context import HookContext
+
+__all__ = ["Attribution", "GradientMethod", "Method", "PathMethod"]
+
+Targets = TargetSpec | Mapping[str, TargetSpec] | None
+
+
+@dataclass
+class Attribution:
+    """What a method found, before it is written under keys.
+
+    Attributes:
+        inputs: One tensor ``[T, *B, *features]`` per attributed key.
+        modules: Tensors ``[T, *output]``, one per call, by the submodule's path.
+        gap: What completeness is missed by, ``[*B, T]``, where the method promises it.
+        scale: The size that the gap is measured against, ``[*B, T]``.
+    """
+
+    inputs: list[Tensor]
+    modules: dict[str, list[Tensor]] = field(default_factory=dict)
+    gap: Tensor | None = None
+    scale: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """Base of all methods: what is explained, of which keys, and where results go.
+
+    ``prepare`` binds the description to a model; entering what it gives yields the hooked module::
+
+        with Method(...).prepare(module) as hooked:
+            td = hooked(td)
+
+    Args:
+        target: What is explained (see ``tdhook_like.targets``); the model's obvious target if None.
+        keys: The in_keys that are attributed; all floating-point ones if None.
+        at: Submodules (paths, globs, types) whose outputs are attributed too.
+        activations: Submodules whose outputs are written down.
+        root: Where attributions of keys go: ``(root, *in_key)``, or ``(root, name, *in_key)`` with
+            named targets.
+        at_root: Where attributions of submodules go, by path.
+        activations_root: Where activations go, by path.
+        gap_root: Where the completeness gap goes, for methods that promise completeness.
+        create_graph: Whether attributions stay differentiable.
+        rules: A mapper of LRP rules under which gradients are taken.
+        unreached: What happens to a rule whose module is never called: ``"raise"`` or ``"ignore"``.
+    """
+
+    target: Targets = None
+    keys: tuple[NestedKey, ...] | None = field(default=None, kw_only=True)
+    at: tuple[Selector, ...] = field(default=(), kw_only=True)
+    activations: tuple[Selector, ...] = field(default=(), kw_only=True)
+    root: str = field(default="attr", kw_only=True)
+    at_root: str = field(default="attr_at", kw_only=True)
+    activations_root: str = field(default="activations", kw_only=True)
+    gap_root: str = field(default="attr_gap", kw_only=True)
+    create_graph: bool = field(default=False, kw_only=True)
+    rules: RuleMapper | None = field(default=None, kw_only=True)
+    unreached: str = field(default="raise", kw_only=True)
+
+    #: Whether one differentiable run at the explained inputs is all that the method needs.
+    single_pass: ClassVar[bool] = True
+    #: Whether the method writes a completeness gap.
+    complete: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Brings the options to one form and refuses what cannot be meant."""
+        keys = self.keys
+        if keys is not None:
+            given = [keys] if isinstance(keys, str) else list(keys)
+            self._settle("keys", tuple(shortest(as_tuple(key)) for key in given))
+        for name in ("at", "activations"):
+            given = getattr(self, name)
+            self._settle(name, (given,) if isinstance(given, str | type) else tuple(given))
+        if self.target is not None:
+            as_targets(self.target)
+        roots = (self.root, self.at_root, self.activations_root, self.gap_root)
+        if len(set(roots)) < len(roots) or not all(isinstance(r, str) and r for r in roots):
+            raise TargetError(f"Results need four different roots, each a string; got {roots}.")
+        if self.unreached not in ("raise", "ignore"):
+            raise ContextError(f"unreached must be 'raise' or 'ignore', got {self.unreached!r}.")
+        if self.create_graph and self.rules is not None:
+            raise ContextError(
+                "create_graph=True is for plain gradients: relevance under rules is not differentiable "
+                "again yet. Leave rules, or create_graph, out."
+            )
+
+    def _settle(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def prepare(
+        self,
+        module: nn.Module,
+        in_keys: Sequence[NestedKey] | Mapping[str, NestedKey] | None = None,
+        out_keys: Sequence[NestedKey] | None = None,
+    ) -> HookContext:
+        """Binds the method to a model and checks everything that can be checked without data.
+
+        Args:
+            module: A TensorDictModule, or any ``nn.Module`` with ``in_keys`` and ``out_keys``.
+            in_keys: For a plain module: the keys that its arguments are read from, a mapping for
+                keyword arguments. For a TensorDictModule: the subset of its in_keys to attribute.
+            out_keys: For a plain module: where its outputs go.
+
+        Raises:
+            TdhookLikeError: One of its subclasses, where a name does not exist, the target is
+                ambiguous, a rule does not fit or the model cannot be explained.
+        """
+        from tdhook_like.context import HookContext
+
+        return HookContext(self, module, in_keys, out_keys)
+
+    def replaced(self, **changes: object) -> Method:
+        """The same method with some options changed."""
+        return dataclasses.replace(self, **changes)  # pyright: ignore[reportArgumentType]
+
+
+@dataclass(frozen=True)
+class GradientMethod(Method):
+    """A method that combines an activation with the target's gradient, element by element."""
+
+    @abstractmethod
+    def combine(self, value: Tensor, gradient: Tensor) -> Tensor:
+        """The attribution of ``value``, of its shape."""
+
+    def weigh(self, scores: Tensor) -> Tensor | None:
+        """What each score ``[*B, T]`` counts at the start of the backward pass; one if None."""
+        return None
+
+    def attribute(self, evaluation: Evaluation) -> Attribution:
+        """Attributions of the inputs, and of what flowed out of the chosen submodules."""
+        values = [*evaluation.leaves, *evaluation.captured.flat()]
+        scores = evaluation.scores
+        found = gradients(scores, values, self.weigh(scores), create_graph=self.create_graph)
+        if not self.create_graph:
+            values = [value.detach() for value in values]
+        combined = [
+            torch.stack([self.combine(value, g) for g in grads]) if len(grads) > 1
+            else self.combine(value, grads[0]).unsqueeze(0)
+            for value, grads in zip(values, zip(*found, strict=True), strict=True)
+        ]  # fmt: skip
+        rest = iter(combined[len(evaluation.leaves) :])
+        modules = {
+            path: [next(rest) for _ in outputs]
+            for path, outputs in evaluation.captured.outputs.items()
+        }
+        return Attribution(combined[: len(evaluation.leaves)], modules)
+
+
+@dataclass(frozen=True)
+class PathMethod(Method):
+    """A method that asks for scores and gradients at points other than the explained inputs."""
+
+    single_pass: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """As for every method; attributions at submodules and second derivatives are refused."""
+        super().__post_init__()
+        if self.at:
+            raise ContextError(
+                f"{type(self).__name__} attributes in_keys; at={self.at!r} needs a method of one "
+                "gradient, such as LRP, Saliency or InputXGradient."
+            )
+        if self.create_graph:
+            raise ContextError(f"{type(self).__name__} does not build a graph of its attributions.")
+
+    @abstractmethod
+    def attribute(self, score: Score, baselines: tuple[Tensor, ...]) -> Attribution:
+        """Attributions of the inputs ``score.inputs`` against baselines of the same shapes."""

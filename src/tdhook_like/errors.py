@@ -1,0 +1,86 @@
+"""The exceptions of the library: one root, and one class for each thing that can be wrong.
+
+Every message names the key or module path that is at fault, what was given and what to do. Each
+class also derives from the built-in exception that fits, so that ``except ValueError`` works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+__all__ = [
+    "BaselineError",
+    "ContextError",
+    "InputError",
+    "KeyNotFoundError",
+    "LayoutError",
+    "LockedError",
+    "ModelError",
+    "PathError",
+    "RuleError",
+    "TargetError",
+    "TdhookLikeError",
+]
+
+
+class TdhookLikeError(Exception):
+    """Root of every exception that the library raises on purpose.
+
+    >>> issubclass(TargetError, TdhookLikeError) and issubclass(TargetError, ValueError)
+    True
+    """
+
+
+class KeyNotFoundError(TdhookLikeError, LookupError):
+    """A key was named that the TensorDict or the module does not have."""
+
+
+class PathError(TdhookLikeError, LookupError):
+    """A path, glob or type was named that matches no submodule."""
+
+
+class TargetError(TdhookLikeError, ValueError):
+    """What is to be explained is missing, ambiguous or not differentiable."""
+
+
+class InputError(TdhookLikeError, ValueError):
+    """An input cannot be explained: wrong type, shape, device, or not finite."""
+
+
+class BaselineError(TdhookLikeError, ValueError):
+    """A baseline does not fit the input that it stands against."""
+
+
+class RuleError(TdhookLikeError, ValueError):
+    """A rule has wrong parameters, cannot treat its module, or was never reached."""
+
+
+class ContextError(TdhookLikeError, RuntimeError):
+    """A hooked module was used outside its ``with`` block, or a block was entered twice."""
+
+
+class ModelError(TdhookLikeError, TypeError):
+    """The model is of a kind that cannot be explained, such as a scripted module."""
+
+
+class LayoutError(TdhookLikeError, RuntimeError):
+    """No way of stacking further evaluations reproduces the model's own outputs."""
+
+
+class LockedError(TdhookLikeError, RuntimeError):
+    """Results have to be written into a TensorDict that is locked."""
+
+
+def listed(names: Iterable[object], most: int = 12) -> str:
+    """Names as they appear in messages: sorted as given, shortened past ``most``.
+
+    >>> listed(["a", ("b", "c")])
+    "'a', ('b', 'c')"
+    >>> listed([])
+    '(none)'
+    """
+    items = list(names)
+    if not items:
+        return "(none)"
+    shown = ", ".join(repr(item) for item in items[:most])
+    return shown if len(items) <= most else f"{shown}, … ({len(items)} in all)"

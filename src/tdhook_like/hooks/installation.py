@@ -1,0 +1,111 @@
+"""Rules on for one call, in one thread, without touching the model.
+
+torch lets a process register *global* forward hooks, which see every module's call. One such hook
+is registered for the length of a call; it looks the called module up by identity and answers only
+in the thread that installed it. So no submodule carries a hook, not even during the call; other
+threads' calls, and other contexts on the same model, see nothing of it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import (
+    _global_forward_hooks_with_kwargs,
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["Handler", "Installation"]
+
+Handler = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
+"""Called as ``handler(module, args, kwargs, output)``; a result other than None replaces output."""
+
+Before = Callable[[nn.Module, tuple[Any, ...]], None]
+"""Called as ``before(module, args)`` ahead of the module's forward."""
+
+
+class Installation:
+    """Handlers on the calls of given modules, for the calling thread, while the block lasts.
+
+    Args:
+        after: Handlers by module; each sees its module's calls once they have returned.
+        before: Observers by module; each sees its module's calls ahead of them.
+        modes: Torch function modes (functional rules) to be active meanwhile.
+
+    >>> net = nn.Linear(2, 2)
+    >>> with Installation({net: lambda module, args, kwargs, output: output * 0}):
+    ...     net(torch.ones(2)).tolist()
+    [0.0, 0.0]
+    >>> net._forward_hooks
+    OrderedDict()
+    """
+
+    def __init__(
+        self,
+        after: Mapping[nn.Module, Handler],
+        before: Mapping[nn.Module, Before] | None = None,
+        modes: Iterable[TorchFunctionMode] = (),
+    ) -> None:
+        # Identity, not hash: a user's module may define __eq__. The mappings keep the modules alive.
+        self._kept = (after, before)
+        self._after = {id(module): handler for module, handler in after.items()}
+        self._before = {id(module): observer for module, observer in (before or {}).items()}
+        self._modes = tuple(modes)
+        self._handles: list[Any] = []
+        self._entered: list[TorchFunctionMode] = []
+
+    def __enter__(self) -> Installation:
+        owner = threading.get_ident()
+        after, before = self._after, self._before
+
+        def answer(module: nn.Module, args: Any, *rest: Any) -> Any:
+            handler = after.get(id(module))
+            if handler is None or not _mine(owner):
+                return None
+            # Removal in another thread may come between torch's look at the hooks and this call, in
+            # which case torch leaves the keyword arguments out.
+            kwargs, output = rest if len(rest) == 2 else ({}, rest[0])
+            return handler(module, args, kwargs, output)
+
+        def observe(module: nn.Module, args: Any) -> None:
+            observer = before.get(id(module))
+            if observer is not None and _mine(owner):
+                observer(module, args)
+
+        try:
+            for mode in self._modes:
+                mode.__enter__()
+                self._entered.append(mode)
+            if after:
+                self._handles.append(register_module_forward_hook(answer, with_kwargs=True))
+            if before:
+                self._handles.append(register_module_forward_pre_hook(observe))
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        while self._handles:
+            handle = self._handles.pop()
+            handle.remove()
+            _global_forward_hooks_with_kwargs.pop(handle.id, None)  # torch leaves the flag behind
+        while self._entered:
+            self._entered.pop().__exit__(kind, error, trace)
+
+
+def _mine(owner: int) -> bool:
+    # A compiled region runs in the thread that installed it, and cannot ask for its name.
+    return torch.compiler.is_compiling() or threading.get_ident() == owner

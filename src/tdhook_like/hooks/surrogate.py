@@ -1,0 +1,103 @@
+"""The principle: a rule is a surrogate gradient.
+
+A *surrogate* is an ordinary torch expression that takes the place of a submodule's output in the
+backward pass only. What flows backward is relevance per unit of activation, ``g = R / activation``,
+so that relevance is ``activation × gradient`` wherever one looks. This file holds the four words in
+which every rule is written: :func:`attach`, :func:`nonzero`, :func:`stabilised` and :func:`unit`.
+
+It knows nothing of modules' hooks, of TensorDict or of methods.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["attach", "nonzero", "scale_gradient", "stabilised", "tiny", "unit"]
+
+
+def tiny(dtype: torch.dtype) -> float:
+    """The power of two that stands for an exact zero in a division, for ``dtype``.
+
+    Multiplying and dividing by a power of two is exact, so relevance that a rule gives to a zero
+    activation comes back to the last bit. float16 has five exponent bits, so its stand-in is larger.
+
+    >>> tiny(torch.float32) == 2.0**-60, tiny(torch.float16) == 2.0**-12
+    (True, True)
+    """
+    return 2.0**-12 if dtype == torch.float16 else 2.0**-60
+
+
+def nonzero(t: Tensor) -> Tensor:
+    """``t`` without its graph, exact zeros replaced by :func:`tiny`. Same shape as ``t``.
+
+    >>> nonzero(torch.tensor([0.0, -2.0])) == torch.tensor([2.0**-60, -2.0])
+    tensor([True, True])
+    """
+    t = t.detach()
+    return torch.where(t == 0, tiny(t.dtype), t)
+
+
+def stabilised(z: Tensor, epsilon: float) -> Tensor:
+    """``z + ε·sign(z)`` without its graph, with ``sign(0) = +1``. Same shape as ``z``.
+
+    >>> stabilised(torch.tensor([0.0, -1.0]), 0.5)
+    tensor([ 0.5000, -1.5000])
+    """
+    z = z.detach()
+    return torch.where(z < 0, z - epsilon, z + epsilon)
+
+
+def unit(x: Tensor) -> Tensor:
+    """Ones of ``x``'s shape whose gradient with respect to ``x`` is ``1 / nonzero(x)``.
+
+    A rule that shares relevance out regardless of activations (flat, w², pass) reads these ones.
+
+    >>> x = torch.tensor([2.0, 0.0], requires_grad=True)
+    >>> unit(x)
+    tensor([1., 1.], grad_fn=<DivBackward0>)
+    """
+    filled = nonzero(x)
+    return (x + (filled - x.detach())) / filled
+
+
+def attach(output: Tensor, surrogate: Tensor, *, fresh: bool = False) -> Tensor:
+    """A tensor with the value of ``output``, bit for bit, and the gradient of ``surrogate``.
+
+    Args:
+        output: What flows forward; any shape.
+        surrogate: What is differentiated; same shape as ``output``.
+        fresh: Whether ``surrogate`` is the result of an operation that does not keep its result for
+            the backward pass (a product, a sum), made for this call alone. It is then overwritten
+            instead of copied.
+
+    The value is copied under ``no_grad``: adding and subtracting would lose the sign of zeros and
+    turn infinities into NaN, and a custom autograd function costs more than both copies.
+
+    >>> w = torch.tensor(3.0, requires_grad=True)
+    >>> y = attach(w * 2, w * 5)
+    >>> y.item(), torch.autograd.grad(y, w)[0].item()
+    (6.0, 5.0)
+    """
+    if surrogate.dtype != output.dtype:  # autocast: the parts of one rule may differ in precision
+        surrogate, fresh = surrogate.to(output.dtype), False
+    held = surrogate if fresh and surrogate.requires_grad else surrogate.clone()
+    with torch.no_grad():
+        held.copy_(output)
+    return held
+
+
+def scale_gradient(z: Tensor, factor: Tensor, output: Tensor) -> Tensor:
+    """``output`` in value, ``z · G(factor)`` in gradient: the form that most rules take.
+
+    Args:
+        z: The expression that shares relevance out; any shape.
+        factor: What scales it to ``output``; carries no graph; same shape.
+        output: What flows forward; same shape.
+
+    >>> w = torch.tensor(3.0, requires_grad=True)
+    >>> y = scale_gradient(w * 2, torch.tensor(0.5), w * 2)
+    >>> y.item(), torch.autograd.grad(y, w)[0].item()
+    (6.0, 1.0)
+    """
+    return attach(output, z * factor, fresh=True)

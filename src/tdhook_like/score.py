@@ -1,0 +1,225 @@
+"""The function that is explained: model + rules + target, and its gradient.
+
+``Score`` knows how to run the model on changed inputs and how to differentiate the target's numbers.
+It knows nothing of what a method makes of them, nor of where results are written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.utils import NestedKey
+from torch import Tensor
+
+from tdhook_like.errors import TargetError
+from tdhook_like.layout import LAYOUTS, Layout, Run, verified
+from tdhook_like.targets import Pick, Reference, Target, columns
+
+__all__ = ["Captured", "Evaluation", "Score", "TargetColumns"]
+
+
+@dataclass
+class Captured:
+    """What flowed out of chosen submodules in one run: a list of tensors by path."""
+
+    outputs: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def flat(self) -> list[Tensor]:
+        """All tensors, in the order of paths and calls."""
+        return [tensor for tensors in self.outputs.values() for tensor in tensors]
+
+
+class TargetColumns:
+    """Named targets, bound at the outputs of a call, as the columns of one tensor of scores.
+
+    Args:
+        targets: By name; None names a single one.
+        reference: The outputs at which they are bound.
+    """
+
+    def __init__(self, targets: Mapping[str | None, Target], reference: Reference) -> None:
+        self._targets = dict(targets)
+        self._picks: list[Pick] = [target.bind(reference) for target in targets.values()]
+        self._reference = reference
+        self.slices: dict[str | None, slice] = {}
+
+    def __call__(self, outputs: TensorDictBase, dims: int) -> Tensor:
+        """Scores ``[*batch, T]`` of outputs with ``dims`` batch dimensions."""
+        reference = self._reference
+        if outputs is not reference.outputs:
+            reference = Reference(outputs, dims, reference.model, reference.out_keys)
+        found = [
+            columns(target, pick(outputs, dims), reference)
+            for target, pick in zip(self._targets.values(), self._picks, strict=True)
+        ]
+        if not self.slices:
+            start = 0
+            for name, values in zip(self._targets, found, strict=True):
+                self.slices[name] = slice(start, start + values.shape[-1])
+                start += values.shape[-1]
+        return found[0] if len(found) == 1 else torch.cat(found, -1)
+
+
+@dataclass
+class Evaluation:
+    """One differentiable run at the explained inputs.
+
+    Attributes:
+        leaves: The inputs, ``[*B, *features]`` each; what is differentiated.
+        outputs: What the model wrote.
+        scores: ``[*B, T]``.
+        captured: What flowed out of the chosen submodules.
+    """
+
+    leaves: tuple[Tensor, ...]
+    outputs: TensorDictBase
+    scores: Tensor
+    captured: Captured
+
+
+class Score:
+    """Model + rules + target, at one TensorDict.
+
+    Args:
+        run: Runs the model without leaving a trace (on a shadow, the RNG forked).
+        rules: Gives a context manager that has the rules on.
+        template: The explained TensorDict; what is not attributed is read from it.
+        keys: The attributed keys.
+        inputs: Their values, ``[*B, *features]`` each.
+        targets: Scores of outputs.
+        layouts: Where the verified layout's name is kept between calls.
+        rows: The most rows of one stacked evaluation; chosen by the inputs' size if None.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        rules: Callable[[], AbstractContextManager[object]],
+        template: TensorDictBase,
+        keys: Sequence[NestedKey],
+        inputs: tuple[Tensor, ...],
+        targets: TargetColumns,
+        layouts: dict[str, str],
+        rows: int | None = None,
+    ) -> None:
+        self._run, self._rules = run, rules
+        self._template, self._keys = template, tuple(keys)
+        self._targets, self._layouts = targets, layouts
+        self._rows = rows
+        self.inputs = inputs
+        self.batch = template.batch_size
+
+    def scores(self, points: Sequence[Tensor]) -> Tensor:
+        """Scores ``[k, *B, T]`` at stacked inputs ``[k, *B, *features]``, without a graph."""
+        with torch.no_grad():
+            return self._evaluate(self._layout(), points)
+
+    def chunk(self) -> int:
+        """How many stacked evaluations keep peak memory bounded and the work in the caches."""
+        numel = sum(x.numel() for x in self.inputs)
+        batch = max(self.batch.numel(), 1)
+        rows = self._rows or min(max(2**20 * batch // max(numel, 1), 8), 512)
+        return max(rows // batch, 1)
+
+    def path_gradient(
+        self, path: Callable[[Tensor], Sequence[Tensor]], nodes: Tensor, weights: Tensor
+    ) -> tuple[list[Tensor], Tensor]:
+        """``Σₖ wₖ ∂S/∂x`` along a path, in chunks, and the scores at the nodes.
+
+        Args:
+            path: From nodes ``[c]`` to points ``[c, *B, *features]``.
+            nodes: Positions along the path, ``[n]``.
+            weights: One per node, ``[n]``; nodes of weight zero are evaluated but not summed.
+
+        Returns:
+            A gradient ``[T, *B, *features]`` per key, and scores ``[n, *B, T]``.
+        """
+        layout, chunk = self._layout(), self.chunk()
+        total: list[Tensor] | None = None
+        scores: list[Tensor] = []
+        for start in range(0, len(nodes), chunk):
+            part, weight = nodes[start : start + chunk], weights[start : start + chunk]
+            points = [point.detach().requires_grad_() for point in path(part)]
+            found = self._evaluate(layout, points)
+            weight = weight.to(found.dtype).reshape(-1, *[1] * (found.ndim - 1))
+            summed = [
+                torch.stack([g.sum(0) for g in grads])
+                for grads in zip(*gradients(found, points, weight), strict=True)
+            ]
+            scores.append(found.detach())
+            total = summed if total is None else [a.add_(b) for a, b in zip(total, summed, strict=True)]
+        assert total is not None
+        return total, torch.cat(scores)
+
+    def _evaluate(self, layout: Layout, points: Sequence[Tensor]) -> Tensor:
+        with self._rules():
+            outputs = layout(self._run, self._template, self._keys, points)
+            return self._targets(outputs, len(self.batch) + 1)
+
+    def _layout(self) -> Layout:
+        name = self._layouts.get("layout")
+        if name is None:
+            with torch.no_grad():
+                name = verified(self._evaluate, self.inputs)
+            self._layouts["layout"] = name
+        return LAYOUTS[name]
+
+
+def gradients(
+    scores: Tensor,
+    inputs: Sequence[Tensor],
+    weight: Tensor | None = None,
+    *,
+    create_graph: bool = False,
+) -> list[tuple[Tensor, ...]]:
+    """The gradient of every column of ``scores`` with respect to every input.
+
+    Args:
+        scores: ``[*batch, T]``.
+        inputs: What the scores depend on.
+        weight: What each score counts, broadcasting to ``scores``; one if None.
+        create_graph: Whether the gradients can be differentiated again.
+
+    Returns:
+        For each of the T columns, a tuple of gradients of the inputs' shapes; zeros where an input
+        has no part in the score.
+
+    Raises:
+        TargetError: If the scores depend on none of the inputs in a differentiable way.
+    """
+    if not scores.requires_grad:
+        raise TargetError(_NO_PATH)
+    n = scores.shape[-1]
+    whole = torch.ones_like(scores) if weight is None else weight.expand_as(scores)
+    found, reached = [], False
+    for t in range(n):
+        seed = whole
+        if n > 1:
+            seed = torch.zeros_like(scores)
+            seed[..., t] = whole[..., t]
+        grads = torch.autograd.grad(
+            scores,
+            inputs,
+            seed,
+            retain_graph=create_graph or t < n - 1,
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+        reached = reached or any(g is not None for g in grads)
+        found.append(
+            tuple(torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs, strict=True))
+        )
+    if not reached:
+        raise TargetError(_NO_PATH)
+    return found
+
+
+_NO_PATH = (
+    "No differentiable path leads from the attributed keys to the target: the model detaches them, "
+    "rounds them, or computes the target from other keys."
+)
+

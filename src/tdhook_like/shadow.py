@@ -1,0 +1,102 @@
+"""A stand-in for a model, for evaluations that must leave no trace on it.
+
+Switching a model to evaluation mode and back would be seen by other threads, and running it may
+write buffers and attributes. A shadow is a copy of the module objects alone: it shares every
+parameter with the original, is in evaluation mode, and owns what a run may write.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+import torch
+from tensordict import TensorDictParams
+from torch import nn
+
+from tdhook_like.paths import unwrapped
+
+__all__ = ["Shadow", "is_scripted"]
+
+
+class Shadow:
+    """The shadow of a model and which shadow module stands for which original.
+
+    Args:
+        model: The model; it is read, never changed.
+
+    >>> net = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+    >>> shadow = Shadow(net)
+    >>> shadow.model[1].training, net[1].training, shadow.model[0].weight is net[0].weight
+    (False, True, True)
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._twins: dict[int, nn.Module] = {}
+        self._originals: list[nn.Module] = []  # keeps identities valid
+        self.model = self._twin(model)
+
+    def of(self, module: nn.Module) -> nn.Module:
+        """The shadow of one of the model's modules, or the module itself where it has none."""
+        return self._twins.get(id(module), module)
+
+    def _twin(self, module: nn.Module) -> nn.Module:
+        known = self._twins.get(id(module))
+        if known is not None:
+            return known
+        if isinstance(module, TensorDictParams):  # a container of parameters: nothing runs in it
+            return module
+        inner = unwrapped(module)
+        if inner is not module:  # compiled code would not see rules: run what it was made from
+            twin = self._twins[id(module)] = self._twin(inner)
+            return twin
+        twin = object.__new__(type(module))
+        self._twins[id(module)] = twin
+        self._originals.append(module)
+        state = dict(vars(module))
+        state["training"] = False
+        state["_parameters"] = dict(module._parameters)
+        state["_buffers"] = {
+            name: None if buffer is None else buffer.detach().clone()
+            for name, buffer in module._buffers.items()
+        }
+        state["_modules"] = {
+            name: None if child is None else self._twin(child)
+            for name, child in module._modules.items()
+        }
+        twin.__dict__ = state
+        for name, value in vars(module).items():
+            if name not in _OWN_TREATMENT:
+                state[name] = self._remade(value, depth=2)
+        return twin
+
+    def _remade(self, value: Any, depth: int) -> Any:
+        """``value`` with modules, and methods bound to modules, replaced by their shadows."""
+        if isinstance(value, nn.Module):
+            return self._twin(value)
+        if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
+            return types.MethodType(value.__func__, self._twin(value.__self__))
+        if isinstance(value, functools.partial) and depth:
+            function = self._remade(value.func, depth - 1)
+            arguments = [self._remade(item, depth - 1) for item in value.args]
+            keywords = {key: self._remade(item, depth - 1) for key, item in value.keywords.items()}
+            return functools.partial(function, *arguments, **keywords)
+        if type(value) is torch.Tensor:  # state in a plain attribute: a run may write it in place
+            return value.detach().clone()
+        if type(value) in (list, tuple, set) and depth:
+            return type(value)(self._remade(item, depth - 1) for item in value)
+        if type(value) is dict and depth:
+            return {key: self._remade(item, depth - 1) for key, item in value.items()}
+        return value
+
+
+_OWN_TREATMENT = frozenset(
+    {"training", "_parameters", "_buffers", "_modules"}
+    | {name for name in vars(nn.Module()) if name.endswith("hooks") or "hooks_" in name}
+)
+
+
+def is_scripted(module: nn.Module) -> bool:
+    """Whether any part of the module is TorchScript, which calls no Python."""
+    return any(isinstance(part, torch.jit.ScriptModule) for part in module.modules())
