@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ METHODS: dict[str, Callable[[Any], Any]] = {
     "lrp": lambda t: LRP(EpsilonPlus(), target=t),
 }
 names = st.sampled_from(list(METHODS))
+# Rollouts run under no_grad, some collectors under inference_mode.
+modes = st.sampled_from([nullcontext, torch.no_grad, torch.inference_mode])
 
 
 @settings(max_examples=50)
@@ -58,15 +61,17 @@ def test_every_generated_model_writes_one_finite_number_per_batch_element(case: 
 
 
 @settings(max_examples=300)
-@given(cases(training=False))
-def test_driving_gives_the_plain_outputs_and_leaves_the_model_as_it_was(case: Case):
-    plain = case.module(case.td.clone())
+@given(cases(training=False), modes)
+def test_driving_gives_the_plain_outputs_and_leaves_the_model_as_it_was(case: Case, mode: Any):
+    with mode():
+        plain = case.module(case.td.clone())
     before = snapshot(case.module)
     for name, method in METHODS.items():
         td = case.td.clone()
         given_keys = td_snapshot(td, keys=list(case.td.keys(True, True)))
         with method(case.target).prepare(case.module) as hooked:
-            result = hooked(td)
+            with mode():
+                result = hooked(td)
             assert_same(before, snapshot(case.module))
         assert_same(before, snapshot(case.module))
         assert_same(given_keys, td_snapshot(td, keys=list(case.td.keys(True, True))))
@@ -106,16 +111,29 @@ def test_observing_changes_nothing_and_writes_attributions_alone(case: Case, nam
 
 
 @settings(max_examples=150)
-@given(cases())
-def test_saliency_and_input_times_gradient_are_what_autograd_gives(case: Case):
+@given(cases(), modes)
+def test_saliency_and_input_times_gradient_are_what_autograd_gives(case: Case, mode: Any):
     found = {}
     for method in (Saliency(case.target, abs=False), InputXGradient(case.target)):
-        with method.prepare(case.module) as hooked:
+        with method.prepare(case.module) as hooked, mode():
             found[type(method)] = hooked.observe(case.td.clone())["attr"]
     expected = plain_gradients(case)
     for key, gradient in expected.items():
         torch.testing.assert_close(found[Saliency].get(key), gradient)
         torch.testing.assert_close(found[InputXGradient].get(key), case.td.get(key) * gradient)
+
+
+@settings(max_examples=60)
+@given(cases(training=False), names)
+def test_named_targets_of_one_call_are_the_targets_of_several_calls(case: Case, name: str):
+    targets = {"this": case.target, "that": (case.out_keys[-1], 0)}
+    with METHODS[name](targets).prepare(case.module) as hooked:
+        together = hooked(case.td.clone())
+    for label, target in targets.items():
+        with METHODS[name](target).prepare(case.module) as hooked:
+            alone = hooked(case.td.clone())
+        for key, value in alone["attr"].items(True, True):
+            torch.testing.assert_close(together["attr", label].get(key), value)
 
 
 def gamma(*args: Tensor) -> Tensor:
@@ -167,7 +185,8 @@ def contents(module: nn.Module) -> dict[str, bytes | None]:
     return {name: bits(tensor) for name, tensor in module.state_dict().items()}
 
 
-def attribution_keys(case: Case) -> dict[NestedKey, tuple[str, ...]]:
+def attribution_keys(case: Case) -> dict[NestedKey, NestedKey]:
+    """Where the attribution of each key is due."""
     return {
         key: ("attr", key) if isinstance(key, str) else ("attr", *key) for key in case.float_keys
     }

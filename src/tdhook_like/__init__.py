@@ -10,7 +10,6 @@ Attribution for policies and models that speak TensorDict::
 from tdhook_like.attribution import LRP, InputXGradient, IntegratedGradients, Method, Saliency
 from tdhook_like.attribution.lrp import EpsilonPlus
 from tdhook_like.baselines import FromBuffer, FromKey
-from tdhook_like.call import CompletenessWarning
 from tdhook_like.context import HookContext, HookedModule
 from tdhook_like.errors import (
     BaselineError,
@@ -26,6 +25,7 @@ from tdhook_like.errors import (
     TdhookLikeError,
 )
 from tdhook_like.targets import Contrast, Each, Function, Greedy, LogProb, Output, Taken, Target
+from tdhook_like.writing import CompletenessWarning
 
 __version__ = "0.1.0"
 

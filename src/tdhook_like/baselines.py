@@ -63,7 +63,7 @@ def check(spec: object, keys: tuple[NestedKey, ...]) -> None:
                 )
             check(item, keys)
     elif isinstance(spec, Tensor):
-        if not torch.isfinite(spec).all():
+        if not spec.is_meta and not torch.isfinite(spec).all():
             raise BaselineError("The baseline holds NaN or Inf.")
     elif isinstance(spec, int | float) and not isinstance(spec, bool):
         if spec != spec or spec in (float("inf"), float("-inf")):
@@ -110,7 +110,9 @@ def _one(spec: Any, td: TensorDictBase, key: NestedKey, x: Tensor, drawn: dict[i
     if isinstance(spec, FromKey):
         value = td.get(spec.key, None)
         if value is None:
-            raise BaselineError(f"The baseline of {key!r} is to be read at {spec.key!r}: no such key.")
+            raise BaselineError(
+                f"The baseline of {key!r} is to be read at {spec.key!r}: no such key."
+            )
     elif isinstance(spec, FromBuffer):
         value = _sampled(spec, td, key, drawn)
     else:
@@ -120,17 +122,29 @@ def _one(spec: Any, td: TensorDictBase, key: NestedKey, x: Tensor, drawn: dict[i
 
 def _sampled(spec: FromBuffer, td: TensorDictBase, key: NestedKey, drawn: dict[int, Any]) -> Any:
     # One draw for all keys: a baseline is a whole observation, not a mixture of several.
+    n = max(td.numel(), 1)
     if id(spec.buffer) not in drawn:
-        drawn[id(spec.buffer)] = spec.buffer.sample(max(td.numel(), 1))
+        if not hasattr(spec.buffer, "sample"):
+            raise BaselineError(
+                f"{type(spec.buffer).__name__} has no sample(n): no buffer to draw from."
+            )
+        drawn[id(spec.buffer)] = spec.buffer.sample(n)
     rows = drawn[id(spec.buffer)].get(spec.key or key, None)
-    if rows is None:
-        raise BaselineError(f"The buffer's rows have no key {spec.key or key!r}.")
+    if not isinstance(rows, Tensor):
+        raise BaselineError(f"The buffer's rows have no tensor at {spec.key or key!r}.")
+    if rows.shape[0] != n:
+        raise BaselineError(
+            f"The buffer gave {rows.shape[0]} rows of {key!r} where {n} were asked for, one for each "
+            "batch element."
+        )
     return rows.reshape(*td.batch_size, *rows.shape[1:])
 
 
 def _fitting(value: Any, key: NestedKey, x: Tensor) -> Tensor:
     if not isinstance(value, Tensor):
         raise BaselineError(f"The baseline of {key!r} is a {type(value).__name__}, not a tensor.")
+    if value.is_complex() and not x.is_complex():
+        raise BaselineError(f"The baseline of {key!r} is {value.dtype}, the input is {x.dtype}.")
     if value.device != x.device:
         raise BaselineError(
             f"The baseline of {key!r} is on {value.device}, the input on {x.device}: move it."

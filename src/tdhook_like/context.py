@@ -6,18 +6,18 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from tensordict import TensorDictBase, is_tensor_collection
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, dispatch
 from tensordict.utils import NestedKey
 from torch import nn
+from typing_extensions import override
 
 from tdhook_like.attribution.lrp.plan import RulePlan
 from tdhook_like.baselines import check as check_baselines
 from tdhook_like.call import Call
 from tdhook_like.defaults import default_target
 from tdhook_like.errors import ContextError, KeyNotFoundError, ModelError, TargetError, listed
-from tdhook_like.keys import as_tuple, check_known, shortest
+from tdhook_like.keys import as_tuple, check_known, key_list, shortest
 from tdhook_like.paths import Selection, select, unwrapped
 from tdhook_like.runner import Runner
 from tdhook_like.shadow import is_scripted
@@ -78,9 +78,16 @@ class HookContext:
         self.targets = self._targets()
         self.at = _selection(self.tree, method.at)
         self.activations = _selection(self.tree, method.activations)
+        #: What is captured, by path.
+        self.captures: dict[str, nn.Module] = {}
+        for selection in (self.at, self.activations):
+            self.captures.update(selection.modules if selection else {})
         self.plan = RulePlan(self.tree, method.rules) if method.rules is not None else None
         self.runner = Runner(self.module, self.model)
+        self.reads_keys = all(target.reads_keys for target in self.targets.values())
         self.layouts: dict[str, str] = {}
+        #: Whether a differentiable run repeats the plain call bit for bit, by what was tried out.
+        self.one_run: dict[Any, bool] = {}
         self._open: HookedModule | None = None
         self._check_roots()
         check_baselines(getattr(method, "baselines", None), self.keys or tuple(self.in_keys))
@@ -103,6 +110,15 @@ class HookContext:
             self._open._close()
         self._open = None
         self.layouts.clear()
+        self.one_run.clear()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Always raises: what can be called is what entering the context gives."""
+        raise ContextError(
+            "A context is not called itself: `with method.prepare(module) as hooked: hooked(td)`."
+        )
+
+    observe = __call__
 
     def __str__(self) -> str:
         method = self.method
@@ -127,7 +143,9 @@ class HookContext:
             shortest((*root, *as_tuple(key))) for root in named for key in keys
         ]
         if method.complete:
-            found += [shortest((method.gap_root, n) if n else (method.gap_root,)) for n in self.targets]
+            found += [
+                shortest((method.gap_root, n) if n else (method.gap_root,)) for n in self.targets
+            ]
         return found
 
     def _attributed(self, subset: Sequence[NestedKey] | None) -> tuple[NestedKey, ...] | None:
@@ -192,6 +210,7 @@ class HookedModule(TensorDictModuleBase):
         self.out_keys = [*context.out_keys, *context.written()]
         self.training = context.module.training
 
+    @override
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not args or not is_tensor_collection(args[0]) or self._forward_hooks:
             return super().__call__(*args, **kwargs)
@@ -213,7 +232,9 @@ class HookedModule(TensorDictModuleBase):
         """
         td = args[0] if args else kwargs.pop("tensordict", None)
         if is_tensor_collection(td):
-            return self._explain(td, kwargs.pop("tensordict_out", None), args[1:], kwargs, drive=True)
+            return self._explain(
+                td, kwargs.pop("tensordict_out", None), args[1:], kwargs, drive=True
+            )
         self._opened()
         return self._from_tensors(*args, **kwargs)
 
@@ -277,9 +298,11 @@ def _as_td_module(
     if isinstance(module, HookedModule):
         module = module.module
     if not isinstance(module, nn.Module):
+        name = module.__name__ if isinstance(module, type) else type(module).__name__
         raise ModelError(
-            f"prepare() takes an nn.Module, got {type(module).__name__}. Wrap a function in a "
-            "TensorDictModule."
+            f"prepare() takes an nn.Module, got {name}"
+            + (", a class: give an instance." if isinstance(module, type) else ".")
+            + " Wrap a function in a TensorDictModule."
         )
     if is_scripted(module):
         raise ModelError(
@@ -290,16 +313,14 @@ def _as_td_module(
     if isinstance(inner, TensorDictModuleBase):
         if out_keys is not None:
             raise KeyNotFoundError("out_keys belong to plain modules; this one names its own.")
-        subset = [in_keys] if isinstance(in_keys, str) else in_keys
-        return module, None if subset is None else list(subset)
+        return module, None if in_keys is None else key_list(in_keys)
     if in_keys is None or out_keys is None:
         raise KeyNotFoundError(
             f"{type(inner).__name__} is a plain module: say which keys it reads and writes, "
             'prepare(module, in_keys=["observation"], out_keys=["value"]).'
         )
-    reads = [in_keys] if isinstance(in_keys, str) else in_keys
-    reads = dict(reads) if isinstance(reads, Mapping) else list(reads)
-    writes = [out_keys] if isinstance(out_keys, str) else list(out_keys)
+    reads: Any = dict(in_keys) if isinstance(in_keys, Mapping) else key_list(in_keys)
+    writes: Any = key_list(out_keys)
     if not reads or not writes:
         raise KeyNotFoundError("A plain module needs at least one in_key and one out_key.")
     for key in (*(reads.values() if isinstance(reads, dict) else reads), *writes):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import torch
 from tensordict import TensorDict, TensorDictBase, is_tensor_collection
 from tensordict.utils import NestedKey
 from torch import Tensor
 
 from tdhook_like.errors import KeyNotFoundError, LockedError, listed
 
-__all__ = ["NestedKey", "as_tuple", "check_known", "place", "shortest"]
+__all__ = ["NestedKey", "as_tuple", "check_known", "key_list", "place", "shortest"]
 
 
 def as_tuple(key: NestedKey) -> tuple[str, ...]:
@@ -31,6 +30,22 @@ def as_tuple(key: NestedKey) -> tuple[str, ...]:
         f"{key!r} is not a key: keys are strings or (nested) tuples of strings, "
         'such as "observation" or ("agents", "observation").'
     )
+
+
+def key_list(keys: object) -> list[NestedKey]:
+    """Keys that were given as one string or as a list or tuple of keys.
+
+    >>> key_list("obs"), key_list(["obs", ("agents", "obs")])
+    (['obs'], ['obs', ('agents', 'obs')])
+
+    Raises:
+        KeyNotFoundError: If they are neither.
+    """
+    if isinstance(keys, str):
+        return [keys]
+    if isinstance(keys, Sequence):
+        return list(keys)
+    raise KeyNotFoundError(f"{keys!r} names no keys: give a key or a list of keys.")
 
 
 def shortest(key: NestedKey) -> NestedKey:

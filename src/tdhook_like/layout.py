@@ -106,7 +106,7 @@ def verified(
         LayoutError: If not even one evaluation after another repeats itself, because the model is
             random in evaluation mode.
     """
-    alone = score(apart, [x[None] for x in inputs])[0]
+    alone = score(apart, [x[None].clone() for x in inputs])[0]
     stacked = [torch.stack([0.5 * x + 0.1, x, x - 0.3]) for x in inputs]
     for name, layout in LAYOUTS.items():
         try:

@@ -6,7 +6,6 @@ import fnmatch
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 
@@ -51,7 +50,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
     """What thin wrappers (a compiled module, data parallelism) are made of; they are not in paths.
 
     >>> net = nn.Linear(2, 2)
-    >>> unwrapped(torch.compile(net)) is net
+    >>> unwrapped(nn.DataParallel(net)) is net
     True
     """
     while True:
@@ -82,8 +81,12 @@ class Selection:
 
     def __str__(self) -> str:
         width = max((len(path) for path in self.modules), default=0)
-        rows = [f"  {path or '(root)':<{width}}  {type(m).__name__}" for path, m in self.modules.items()]
-        return "\n".join([f"{len(self.modules)} submodules for {listed(map(_name, self.asked))}", *rows])
+        rows = [
+            f"  {path or '(root)':<{width}}  {type(m).__name__}" for path, m in self.modules.items()
+        ]
+        return "\n".join(
+            [f"{len(self.modules)} submodules for {listed(map(_name, self.asked))}", *rows]
+        )
 
 
 def select(root: nn.Module, asked: Selector | Sequence[Selector]) -> Selection:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase, is_non_tensor
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from tensordict.nn.utils import set_skip_existing, skip_existing
+from tensordict.utils import NestedKey
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
+from tdhook_like.errors import KeyNotFoundError, listed
 from tdhook_like.paths import submodules, unwrapped
 
 __all__ = ["Runner"]
-
-# Where gradients are off, these take code paths whose results differ in the last bits.
-_FAST_PATHS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.RNNBase)
 
 
 class Runner:
@@ -29,10 +30,13 @@ class Runner:
     def __init__(self, module: nn.Module, model: TensorDictModuleBase) -> None:
         self.module, self.model = module, model
         parts = list(submodules(model).values())
-        self._fast_paths = any(isinstance(part, _FAST_PATHS) for part in parts)
         self._wrapped = module is not model or any(
-            unwrapped(child) is not child for part in parts for child in part._modules.values() if child
+            unwrapped(child) is not child
+            for part in parts
+            for child in part._modules.values()
+            if child is not None
         )
+        self._in_keys, self._out_keys = list(model.in_keys), list(model.out_keys)
         self._with_buffers = [part for part in parts if part._buffers]
         #: Whether some module overwrites its input, so that leaves have to be copied for it.
         self.overwrites = any(
@@ -44,7 +48,7 @@ class Runner:
     @property
     def writes_out_keys(self) -> bool:
         """Whether the model is known to write its out_keys and nothing else."""
-        return type(self.model) is TensorDictModule and _simple(self.model)
+        return type(self.model) is TensorDictModule and _simple(self.model) and not _watched()
 
     def buffers_in_training(self) -> list[Tensor]:
         """The buffers that a run may write because their module is in training mode."""
@@ -56,15 +60,32 @@ class Runner:
             if isinstance(buffer, Tensor) and not buffer.is_inference()
         ]
 
-    def explains_itself(self, grad_enabled: bool) -> bool:
-        """Whether a differentiable run of the model gives, bit for bit, what the plain call gives."""
-        if self._wrapped or skip_existing():
-            return False
-        return grad_enabled or not self._fast_paths
+    def view(self, td: TensorDictBase, leaves: Mapping[NestedKey, Tensor]) -> View:
+        """The outputs of a simple model at ``leaves``, without a TensorDict in between."""
+        model: Any = self.model
+        values = [leaves[key] if key in leaves else read(td, key) for key in self._in_keys]
+        found = model.module(*values)
+        keys = self._out_keys
+        if isinstance(found, Tensor) and len(keys) == 1:
+            return View(td, {keys[0]: found})
+        if type(found) is tuple and len(found) == len(keys):
+            return View(td, {k: v for k, v in zip(keys, found, strict=True) if k != "_"})
+        filled = td.copy()
+        for key, leaf in leaves.items():
+            filled.set(key, leaf)
+        outputs = _written(model, filled, found)
+        return View(td, {key: outputs.get(key) for key in keys if key != "_"})
+
+    @property
+    def is_wrapped(self) -> bool:
+        """Whether the plain call runs something else than the model's own Python."""
+        return self._wrapped or skip_existing()
 
     def plain(self, td: TensorDictBase) -> TensorDictBase:
         """The plain call, under whatever modes the caller has set."""
-        return self.module(td)
+        if self.is_wrapped or _watched():
+            return self.module(td)
+        return direct(self.model, td)
 
     def run(self, td: TensorDictBase) -> TensorDictBase:
         """The same call on the model itself, past the wrappers of TensorDictModule's forward."""
@@ -82,16 +103,38 @@ def direct(model: nn.Module, td: TensorDictBase) -> TensorDictBase:
             return model(td)
         with set_skip_existing(False):
             return model(td)
-    found: Any = model.module(*[td.get(key, None) for key in model.in_keys])  # pyright: ignore
+    found: Any = model.module(*[read(td, key) for key in model.in_keys])  # pyright: ignore
     if isinstance(found, Tensor) and len(model.out_keys) == 1:
         td.set(model.out_keys[0], found)
         return td
-    if not isinstance(found, tuple) or len(found) != len(model.out_keys):
-        return _written(model, td, found)
-    for key, value in zip(model.out_keys, found, strict=True):
-        if key != "_":
-            td.set(key, value if isinstance(value, Tensor) else TensorDict.from_any(value))
-    return td
+    return _written(model, td, found)
+
+
+class View:
+    """As much of a TensorDict as most targets need: the outputs of a run over what it read.
+
+    Args:
+        td: What was read.
+        written: What was written, by key.
+    """
+
+    __slots__ = ("batch_dims", "batch_size", "td", "written")
+
+    def __init__(self, td: TensorDictBase, written: dict[NestedKey, Tensor]) -> None:
+        self.td, self.written = td, written
+        self.batch_size = td.batch_size
+        self.batch_dims = len(self.batch_size)
+
+    def get(self, key: NestedKey, default: Any = None) -> Any:
+        """What was written at ``key``, or else what stood there."""
+        found = self.written.get(key)
+        return self.td.get(key, default) if found is None else found
+
+
+def read(td: TensorDictBase, key: NestedKey) -> Any:
+    """What a module is given for an in_key: None where it is absent, data that is no tensor as is."""
+    value = td.get(key, None)
+    return td[key] if is_non_tensor(value) else value
 
 
 def _simple(model: Any) -> bool:
@@ -104,11 +147,23 @@ def _simple(model: Any) -> bool:
         and not model._get_kwargs
         and not (model._forward_hooks or model._forward_pre_hooks)
         and not (model._backward_hooks or model._backward_pre_hooks)
+        and "forward" not in vars(model)
     )
 
 
+def _watched() -> bool:
+    """Whether somebody has hooks on all modules, who would miss a call that is cut short."""
+    return bool(_global_forward_hooks or _global_forward_pre_hooks)
+
+
 def _written(model: Any, td: TensorDictBase, found: Any) -> TensorDictBase:
-    """The rarer kinds of output, written by TensorDictModule's own forward."""
+    """Several outputs, or rarer kinds of them, written by TensorDictModule's own forward."""
+    given = len(found) if isinstance(found, tuple) else 1
+    if isinstance(found, Tensor | tuple) and given != len(model.out_keys):
+        raise KeyNotFoundError(
+            f"{type(model.module).__name__} gives {given} outputs, but its out_keys are "
+            f"{listed(model.out_keys)}: name one key for each output."
+        )
 
     class Given(nn.Module):
         def forward(self, *args: Any) -> Any:
@@ -118,10 +173,43 @@ def _written(model: Any, td: TensorDictBase, found: Any) -> TensorDictBase:
     return writer(td)
 
 
+class Undo:
+    """Puts back what a call that failed has changed: the RNG, and buffers of modules in training.
+
+    Args:
+        runner: Knows which buffers a run may write.
+        tensors: The inputs; they tell which generators are in play.
+    """
+
+    def __init__(self, runner: Runner, tensors: list[Tensor]) -> None:
+        self._tensors = tensors
+        self._rng = self._noted = rng_state(tensors)
+        self._buffers = [(b, b.detach().clone(), b._version) for b in runner.buffers_in_training()]
+
+    def note(self) -> None:
+        """Remembers the RNG's state here, for :meth:`rng`."""
+        self._noted = rng_state(self._tensors)
+
+    def rng(self) -> None:
+        """Puts the RNG back to where it was noted."""
+        restore_rng(self._noted)
+
+    def all(self) -> None:
+        """Puts everything back to where it was at the start."""
+        restore_rng(self._rng)
+        for buffer, saved, version in self._buffers:
+            # Batch norm writes its statistics without counting a version.
+            if buffer._version != version or not buffer.equal(saved):
+                buffer.data.copy_(saved)
+                torch._C._autograd._unsafe_set_version_counter((buffer,), (version,))
+
+
 def rng_state(tensors: list[Tensor]) -> list[Any]:
     """The state of every generator that a run on these tensors may advance."""
-    devices = {x.device for x in tensors if x.is_cuda}
-    return [torch.get_rng_state(), *[(d, torch.cuda.get_rng_state(d)) for d in devices]]
+    state: list[Any] = [torch.default_generator.get_state()]
+    for device in {x.device for x in tensors if x.is_cuda}:
+        state.append((device, torch.cuda.get_rng_state(device)))
+    return state
 
 
 def restore_rng(state: list[Any]) -> None:

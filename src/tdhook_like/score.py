@@ -8,29 +8,73 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from tdhook_like.errors import TargetError
+from tdhook_like.hooks.installation import Handler
 from tdhook_like.layout import LAYOUTS, Layout, Run, verified
+from tdhook_like.runner import View
 from tdhook_like.targets import Pick, Reference, Target, columns
 
 __all__ = ["Captured", "Evaluation", "Score", "TargetColumns"]
 
 
-@dataclass
 class Captured:
     """What flowed out of chosen submodules in one run: a list of tensors by path."""
 
-    outputs: dict[str, list[Tensor]] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.outputs: dict[str, list[Tensor]] = {}
+        self._vmapped: dict[tuple[str, int], list[int]] = {}
 
     def flat(self) -> list[Tensor]:
         """All tensors, in the order of paths and calls."""
         return [tensor for tensors in self.outputs.values() for tensor in tensors]
+
+    def handler(self, path: str, rule: Handler | None) -> Handler:
+        """A handler that captures what a module gives, behind the module's rule if it has one."""
+
+        def handle(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            changed = rule(module, args, kwargs, output) if rule is not None else None
+            output = output if changed is None else changed
+            for value in tree_leaves(output):
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    self._keep(path, value)
+            # What is captured must not be overwritten by an in-place successor.
+            return tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, output)
+
+        return handle
+
+    def _keep(self, path: str, value: Tensor) -> None:
+        calls = self.outputs.setdefault(path, [])
+        # Inside vmap (torchrl's agents and ensembles) what is seen is a wrapper that must not leave;
+        # the tensor that it wraps is part of the same graph.
+        moved = []
+        while torch._C._functorch.is_batchedtensor(value):
+            moved.append(torch._C._functorch.maybe_get_bdim(value))
+            value = torch._C._functorch.get_unwrapped(value)
+        if moved:
+            self._vmapped[path, len(calls)] = moved
+        calls.append(value)
+
+    def batch_first(self, value: Tensor, path: str, call: int, dims: int) -> Tensor:
+        """A captured tensor with the dimensions that vmap added behind its ``dims`` batch dimensions.
+
+        Args:
+            value: What was captured at ``path`` in its ``call``-th run, or something of its shape.
+            path: The submodule.
+            call: Which of its calls.
+            dims: The number of batch dimensions.
+        """
+        for place in reversed(self._vmapped.get((path, call), [])):
+            value = value.movedim(place, dims)
+        return value
 
 
 class TargetColumns:
@@ -43,17 +87,14 @@ class TargetColumns:
 
     def __init__(self, targets: Mapping[str | None, Target], reference: Reference) -> None:
         self._targets = dict(targets)
-        self._picks: list[Pick] = [target.bind(reference) for target in targets.values()]
-        self._reference = reference
+        self._picks: list[Pick] = [t.bind_column(reference) for t in targets.values()]
         self.slices: dict[str | None, slice] = {}
 
-    def __call__(self, outputs: TensorDictBase, dims: int) -> Tensor:
+    def __call__(self, outputs: TensorDictBase | View, dims: int) -> Tensor:
         """Scores ``[*batch, T]`` of outputs with ``dims`` batch dimensions."""
-        reference = self._reference
-        if outputs is not reference.outputs:
-            reference = Reference(outputs, dims, reference.model, reference.out_keys)
+        batch = outputs.batch_size
         found = [
-            columns(target, pick(outputs, dims), reference)
+            columns(target, pick(outputs, dims), dims, batch)
             for target, pick in zip(self._targets.values(), self._picks, strict=True)
         ]
         if not self.slices:
@@ -76,7 +117,7 @@ class Evaluation:
     """
 
     leaves: tuple[Tensor, ...]
-    outputs: TensorDictBase
+    outputs: TensorDictBase | View
     scores: Tensor
     captured: Captured
 
@@ -93,6 +134,7 @@ class Score:
         targets: Scores of outputs.
         layouts: Where the verified layout's name is kept between calls.
         rows: The most rows of one stacked evaluation; chosen by the inputs' size if None.
+        overwrites: Whether the model writes into its inputs, so that it has to be given copies.
     """
 
     def __init__(
@@ -105,11 +147,12 @@ class Score:
         targets: TargetColumns,
         layouts: dict[str, str],
         rows: int | None = None,
+        overwrites: bool = False,
     ) -> None:
         self._run, self._rules = run, rules
         self._template, self._keys = template, tuple(keys)
         self._targets, self._layouts = targets, layouts
-        self._rows = rows
+        self._rows, self._overwrites = rows, overwrites
         self.inputs = inputs
         self.batch = template.batch_size
 
@@ -151,11 +194,15 @@ class Score:
                 for grads in zip(*gradients(found, points, weight), strict=True)
             ]
             scores.append(found.detach())
-            total = summed if total is None else [a.add_(b) for a, b in zip(total, summed, strict=True)]
+            total = (
+                summed if total is None else [a.add_(b) for a, b in zip(total, summed, strict=True)]
+            )
         assert total is not None
         return total, torch.cat(scores)
 
     def _evaluate(self, layout: Layout, points: Sequence[Tensor]) -> Tensor:
+        if self._overwrites:
+            points = [point.clone() for point in points]
         with self._rules():
             outputs = layout(self._run, self._template, self._keys, points)
             return self._targets(outputs, len(self.batch) + 1)
@@ -194,7 +241,8 @@ def gradients(
     if not scores.requires_grad:
         raise TargetError(_NO_PATH)
     n = scores.shape[-1]
-    whole = torch.ones_like(scores) if weight is None else weight.expand_as(scores)
+    whole = scores.new_ones(()) if weight is None else weight
+    whole = whole.expand_as(scores)
     found, reached = [], False
     for t in range(n):
         seed = whole
@@ -211,7 +259,9 @@ def gradients(
         )
         reached = reached or any(g is not None for g in grads)
         found.append(
-            tuple(torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs, strict=True))
+            tuple(
+                torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs, strict=True)
+            )
         )
     if not reached:
         raise TargetError(_NO_PATH)
@@ -222,4 +272,3 @@ _NO_PATH = (
     "No differentiable path leads from the attributed keys to the target: the model detaches them, "
     "rounds them, or computes the target from other keys."
 )
-

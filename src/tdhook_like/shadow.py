@@ -45,8 +45,13 @@ class Shadow:
         known = self._twins.get(id(module))
         if known is not None:
             return known
-        if isinstance(module, TensorDictParams):  # a container of parameters: nothing runs in it
-            return module
+        if isinstance(module, TensorDictParams):
+            # A container of parameters: nothing runs in it, but it notes to which module its
+            # parameters were last lent.
+            twin = self._twins[id(module)] = TensorDictParams(
+                module._param_td.copy(), no_convert=True
+            )
+            return twin
         inner = unwrapped(module)
         if inner is not module:  # compiled code would not see rules: run what it was made from
             twin = self._twins[id(module)] = self._twin(inner)
@@ -67,7 +72,7 @@ class Shadow:
         }
         twin.__dict__ = state
         for name, value in vars(module).items():
-            if name not in _OWN_TREATMENT:
+            if type(value) not in _NO_MODULES and name not in _OWN_TREATMENT:
                 state[name] = self._remade(value, depth=2)
         return twin
 
@@ -84,13 +89,15 @@ class Shadow:
             return functools.partial(function, *arguments, **keywords)
         if type(value) is torch.Tensor:  # state in a plain attribute: a run may write it in place
             return value.detach().clone()
-        if type(value) in (list, tuple, set) and depth:
-            return type(value)(self._remade(item, depth - 1) for item in value)
-        if type(value) is dict and depth:
+        kind: Any = type(value)
+        if kind in (list, tuple, set) and depth:
+            return kind(self._remade(item, depth - 1) for item in value)
+        if kind is dict and depth:
             return {key: self._remade(item, depth - 1) for key, item in value.items()}
         return value
 
 
+_NO_MODULES = frozenset({bool, int, float, str, type(None), type, torch.Size, torch.dtype})
 _OWN_TREATMENT = frozenset(
     {"training", "_parameters", "_buffers", "_modules"}
     | {name for name in vars(nn.Module()) if name.endswith("hooks") or "hooks_" in name}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch  # noqa: F401 (for the doctests)
+import torch
 from torch import Tensor
 
 from tdhook_like.attribution.lrp.mappers import EpsilonPlus
@@ -108,6 +108,8 @@ class LRP(GradientMethod):
             raise RuleError(f"LRP: rule_mapper must be callable (name, module), got {mapper!r}.")
         if not (start in ("value", "one") if isinstance(start, str) else isinstance(start, Tensor)):
             raise RuleError(f"LRP: start must be 'value', 'one' or a tensor, got {start!r}.")
+        if isinstance(start, Tensor) and not (start.is_meta or torch.isfinite(start).all()):
+            raise RuleError("LRP: start holds NaN or Inf.")
         self._settle("rule_mapper", mapper)
         self._settle("start", start)
         GradientMethod.__init__(self, target, rules=mapper, **options)

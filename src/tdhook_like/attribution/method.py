@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +14,8 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
 from tdhook_like.attribution.lrp.rule import RuleMapper
-from tdhook_like.errors import ContextError, TargetError
-from tdhook_like.keys import as_tuple, shortest
+from tdhook_like.errors import ContextError, PathError, TargetError
+from tdhook_like.keys import as_tuple, key_list, shortest
 from tdhook_like.paths import Selector
 from tdhook_like.score import Evaluation, Score, gradients
 from tdhook_like.targets import TargetSpec, as_targets
@@ -32,20 +33,38 @@ class Attribution:
     """What a method found, before it is written under keys.
 
     Attributes:
-        inputs: One tensor ``[T, *B, *features]`` per attributed key.
-        modules: Tensors ``[T, *output]``, one per call, by the submodule's path.
+        inputs: For each attributed key, T tensors ``[*B, *features]`` (or one, stacked).
+        modules: For each call of a chosen submodule, by its path, T tensors of its output's shape.
         gap: What completeness is missed by, ``[*B, T]``, where the method promises it.
         scale: The size that the gap is measured against, ``[*B, T]``.
     """
 
-    inputs: list[Tensor]
-    modules: dict[str, list[Tensor]] = field(default_factory=dict)
+    inputs: Sequence[Sequence[Tensor] | Tensor]
+    modules: dict[str, list[Sequence[Tensor]]] = field(default_factory=dict)
     gap: Tensor | None = None
     scale: Tensor | None = None
 
 
+def by_member(attribution: Attribution, members: Sequence[int]) -> Attribution:
+    """Attributions whose columns are an ensemble's members, with the members as leading dimensions.
+
+    Args:
+        attribution: With ``prod(members) × T`` columns, members first.
+        members: The batch dimensions that the model adds.
+    """
+    n = math.prod(members)
+
+    def grouped(columns: Sequence[Tensor] | Tensor) -> list[Tensor]:
+        size = len(columns) // n
+        each = [torch.stack([columns[m * size + t] for m in range(n)]) for t in range(size)]
+        return [stacked.unflatten(0, tuple(members)) for stacked in each]
+
+    modules = {path: [grouped(c) for c in calls] for path, calls in attribution.modules.items()}
+    return Attribution([grouped(columns) for columns in attribution.inputs], modules)
+
+
 @dataclass(frozen=True)
-class Method(ABC):
+class Method(ABC):  # noqa: B024 (its two kinds below say what is abstract)
     """Base of all methods: what is explained, of which keys, and where results go.
 
     ``prepare`` binds the description to a model; entering what it gives yields the hooked module::
@@ -89,10 +108,13 @@ class Method(ABC):
         """Brings the options to one form and refuses what cannot be meant."""
         keys = self.keys
         if keys is not None:
-            given = [keys] if isinstance(keys, str) else list(keys)
-            self._settle("keys", tuple(shortest(as_tuple(key)) for key in given))
+            self._settle("keys", tuple(shortest(as_tuple(key)) for key in key_list(keys)))
         for name in ("at", "activations"):
             given = getattr(self, name)
+            if not isinstance(given, str | type | Sequence):
+                raise PathError(
+                    f"{name}={given!r} chooses no submodule: give paths, globs or module types."
+                )
             self._settle(name, (given,) if isinstance(given, str | type) else tuple(given))
         if self.target is not None:
             as_targets(self.target)
@@ -157,10 +179,10 @@ class GradientMethod(Method):
         if not self.create_graph:
             values = [value.detach() for value in values]
         combined = [
-            torch.stack([self.combine(value, g) for g in grads]) if len(grads) > 1
-            else self.combine(value, grads[0]).unsqueeze(0)
-            for value, grads in zip(values, zip(*found, strict=True), strict=True)
-        ]  # fmt: skip
+            [self.combine(value, grads[i]) for grads in found] for i, value in enumerate(values)
+        ]
+        if not evaluation.captured.outputs:
+            return Attribution(combined)
         rest = iter(combined[len(evaluation.leaves) :])
         modules = {
             path: [next(rest) for _ in outputs]

@@ -18,7 +18,13 @@ from tdhook_like.score import Score
 
 __all__ = ["IntegratedGradients", "quadrature"]
 
-QUADRATURES = ("gausslegendre", "riemann_middle", "riemann_left", "riemann_right", "riemann_trapezoid")
+QUADRATURES = (
+    "gausslegendre",
+    "riemann_middle",
+    "riemann_left",
+    "riemann_right",
+    "riemann_trapezoid",
+)
 
 
 @lru_cache(maxsize=64)
@@ -33,8 +39,9 @@ def quadrature(method: str, n: int) -> tuple[Tensor, Tensor]:
     Raises:
         InputError: If the method is unknown or ``n`` too small.
 
-    >>> quadrature("riemann_trapezoid", 3)
-    (tensor([0.0000, 0.5000, 1.0000]), tensor([0.2500, 0.5000, 0.2500]))
+    >>> nodes, weights = quadrature("riemann_trapezoid", 3)
+    >>> nodes.tolist(), weights.tolist()
+    ([0.0, 0.5, 1.0], [0.25, 0.5, 0.25])
     """
     if method not in QUADRATURES:
         raise InputError(f"Unknown quadrature {method!r}: choose one of {', '.join(QUADRATURES)}.")
@@ -95,7 +102,9 @@ class IntegratedGradients(PathMethod):
     (tensor([[2., 6.]]), tensor([True]))
     """
 
-    baselines: BaselineSpec | Mapping[NestedKey, BaselineSpec] | None = field(default=None, kw_only=True)
+    baselines: BaselineSpec | Mapping[NestedKey, BaselineSpec] | None = field(
+        default=None, kw_only=True
+    )
     n_steps: int = field(default=50, kw_only=True)
     method: str = field(default="gausslegendre", kw_only=True)
     internal_batch_size: int | None = field(default=None, kw_only=True)

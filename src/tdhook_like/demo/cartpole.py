@@ -44,6 +44,15 @@ FEATURES: dict[str, tuple[str, str]] = {
 }
 """What each feature of each key is."""
 
+UNITS = np.array([0.1, 0.2, 0.03, 0.25], dtype=np.float32)
+"""What the state is divided by: about its standard deviations while the pole is kept upright.
+
+Without this, the pole's angle (0.01 radians!) would need far larger weights than the distractors.
+"""
+
+EVERY = 25
+"""Steps between gusts."""
+
 EPISODE = 500
 """Steps, and so the return, of a full episode."""
 
@@ -69,16 +78,16 @@ class DistractedCartPole(gymnasium.ObservationWrapper[Any, Any, Any]):
         self,
         env: gymnasium.Env[Any, Any],
         *,
-        track: float = 0.15,
-        start: float = 0.06,
-        noise: float = 0.2,
+        track: float = 0.3,
+        gust: float = 0.3,
+        noise: float = 1.0,
         delays: tuple[int, int] = (2, 4),
-        blur: float = 0.01,
+        blur: float = 1.0,
     ) -> None:
         super().__init__(env)
         self.cartpole = cast(CartPoleEnv, env.unwrapped)
         self.cartpole.x_threshold = track
-        self.start = start
+        self.gust = gust
         self.noise = noise
         self.delays = delays
         self.blur = blur
@@ -90,22 +99,29 @@ class DistractedCartPole(gymnasium.ObservationWrapper[Any, Any, Any]):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Resets as gymnasium does, then puts the cart somewhere on the inner part of the track."""
-        _, info = self.env.reset(seed=seed, options=options)
-        state = np.array(self.cartpole.state, dtype=np.float64)
-        state[0] = self.cartpole.np_random.uniform(-self.start, self.start)
-        self.cartpole.state = state
+        self._time = 0
         self._angles.clear()
-        return self.observation(state.astype(np.float32)), info
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action: Any) -> tuple[dict[str, np.ndarray], Any, bool, bool, dict[str, Any]]:
+        """Steps as gymnasium does, after a gust of wind if it is time for one."""
+        self._time += 1
+        if self._time % EVERY == 0:
+            state = np.array(self.cartpole.state, dtype=np.float64)
+            state[1] += self.cartpole.np_random.uniform(-self.gust, self.gust)
+            self.cartpole.state = state
+        return super().step(action)
 
     def observation(self, observation: np.ndarray) -> dict[str, np.ndarray]:
         """Turns the state, shape [4], into the dictionary; each value has shape [2], float32."""
-        self._angles.append(float(observation[2]))
+        state = observation / UNITS
+        self._angles.append(float(state[2]))
         newest = len(self._angles) - 1
         old = np.array([self._angles[max(newest - delay, 0)] for delay in self.delays])
         normal = self.cartpole.np_random.standard_normal((2, 2))
         return {
-            "cart": observation[:2],
-            "pole": observation[2:],
+            "cart": state[:2],
+            "pole": state[2:],
             "noise": (self.noise * normal[0]).astype(np.float32),
             "echo": (old + self.blur * normal[1]).astype(np.float32),
         }
@@ -177,13 +193,14 @@ def greedy_play(
         shape [episodes].
     """
     game = _Lockstep(episodes, seed)
-    seen: list[TensorDictBase] = []
+    seen: list[TensorDict] = []
     with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
         while game.alive:
             td = game.observe()
             seen.append(td.clone())
             game.step(policy(td)["action"])
-    return TensorDict.cat(seen), game.returns
+    states = cast(TensorDict, TensorDict.cat(seen))
+    return states, game.returns
 
 
 def permuted_return(

@@ -59,7 +59,8 @@ class Config:
     minibatch: int = 256
     lr: float = 1e-3
     weight_decay: float = 0.01
-    l1: float = 0.2
+    l1: float = 0.05
+    gl1: float = 0.0
     gamma: float = 0.99
     lmbda: float = 0.95
     clip: float = 0.2
@@ -96,6 +97,7 @@ def learn(
     for rows in torch.randperm(len(data)).split(config.minibatch):
         losses = loss(data[rows])
         total = losses["loss_objective"] + losses["loss_critic"] + losses["loss_entropy"]
+        total = total + config.gl1 * sum(weight.abs().sum() for weight in penalised)
         optimiser.zero_grad()
         total.backward()
         nn.utils.clip_grad_norm_(parameters, config.max_norm)
@@ -159,6 +161,25 @@ def logit_shares(
     return dict(zip(KEYS, shares.tolist(), strict=True)), true_on_top.float().mean().item()
 
 
+def zz(actor, states):
+    inputs = [states[key].clone().requires_grad_() for key in KEYS]
+    logits = actor[0].module(*inputs)
+    margin = logits.max(-1).values - logits.min(-1).values
+    gradients = torch.autograd.grad(margin.sum(), inputs)
+    absolute = torch.stack(
+        [(g * x).abs().sum(-1) for g, x in zip(gradients, inputs, strict=True)], -1
+    )
+    w = actor[0].module.layers[0].weight
+    return [
+        "topabs",
+        (absolute.argmax(-1) < 2).float().mean().item(),
+        "w",
+        w.norm(dim=0).tolist(),
+        "std",
+        torch.cat([states[k].std(0) for k in KEYS]).tolist(),
+    ]
+
+
 def measure(actor: ProbabilisticActor) -> dict[str, Any]:
     """What the policy earns, and what it relies on, over 100 fresh episodes each."""
     states, returns = greedy_play(actor, episodes=100, seed=1000)
@@ -169,6 +190,7 @@ def measure(actor: ProbabilisticActor) -> dict[str, Any]:
     shares, true_on_top = logit_shares(actor, states)
     pole, echo = states["pole"][:, 0], states["echo"].unbind(-1)
     return {
+        "zz": zz(actor, states),
         "return": returns.mean().item(),
         "lowest return": returns.min().item(),
         "return without": without,

@@ -29,13 +29,14 @@ def tiny(dtype: torch.dtype) -> float:
 
 
 def nonzero(t: Tensor) -> Tensor:
-    """``t`` without its graph, exact zeros replaced by :func:`tiny`. Same shape as ``t``.
+    """``t`` without its graph, zeros (all below :func:`tiny`) replaced by it. Same shape as ``t``.
 
     >>> nonzero(torch.tensor([0.0, -2.0])) == torch.tensor([2.0**-60, -2.0])
     tensor([True, True])
     """
     t = t.detach()
-    return torch.where(t == 0, tiny(t.dtype), t)
+    least = tiny(t.dtype)
+    return torch.where(t.abs() < least, least, t)
 
 
 def stabilised(z: Tensor, epsilon: float) -> Tensor:

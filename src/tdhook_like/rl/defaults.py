@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tensordict import TensorDictBase
+from tensordict.nn import TensorDictSequential
 from torch import Tensor, nn
 from torchrl.modules import (
-    ActorCriticOperator,
+    ActorCriticWrapper,
     ActorValueOperator,
     DistributionalQValueModule,
     QValueModule,
+    ValueOperator,
 )
+from typing_extensions import override
 
 from tdhook_like.targets import Output, Pick, Reference, Target
 
@@ -21,18 +24,38 @@ __all__ = ["ExpectedValue", "torchrl_target"]
 def torchrl_target(model: nn.Module) -> Target | None:
     """The target that is meant for a torchrl model when none is given, or None.
 
+    An actor with a critic beside it is explained by what the critic gives, a sequence that ends in a
+    critic likewise, and a policy of Q-values by the value of the greedy action, also where noise is
+    added to the action afterwards.
+
+    Args:
+        model: A model; any other than torchrl's gives None.
+
     >>> from torchrl.modules import QValueActor
     >>> torchrl_target(QValueActor(nn.Linear(3, 2), in_keys=["obs"], action_space="one_hot"))
     Output('chosen_action_value')
+    >>> critic = ValueOperator(nn.Linear(3, 1), in_keys=["hidden"])
+    >>> torchrl_target(TensorDictSequential(critic))
+    Output('state_value')
     """
-    if isinstance(model, ActorCriticOperator | ActorValueOperator):
-        return Output(model.get_value_operator().out_keys[-1])
+    last = _last(model)
+    # An ActorCriticOperator is an ActorValueOperator whose get_value_operator() raises.
+    paired = isinstance(model, ActorValueOperator | ActorCriticWrapper)
+    if (paired or isinstance(last, ValueOperator)) and len(last.out_keys) == 1:
+        return Output(last.out_keys[0])
     for part in reversed(list(model.modules())):
         if isinstance(part, DistributionalQValueModule):
             return ExpectedValue(part)
         if isinstance(part, QValueModule):
             return Output(part.out_keys[-1])
     return None
+
+
+def _last(model: nn.Module) -> nn.Module:
+    """The module that runs last in a sequence, or in a sequence of sequences."""
+    while isinstance(model, TensorDictSequential) and len(model):
+        model = model[-1]
+    return model
 
 
 @dataclass(frozen=True)
@@ -42,14 +65,25 @@ class ExpectedValue(Target):
     torchrl lays log-probabilities out as ``[*B, atoms, actions]``; the expectation is over atoms.
     Which action is greedy is held fixed at the explained input.
 
+    Source: Bellemare et al. 2017, section 4.
+
     Args:
         module: The DistributionalQValueModule that chooses the action.
+
+    >>> module = DistributionalQValueModule("one_hot", support=torch.linspace(-1, 1, 3))
+    >>> ExpectedValue(module)
+    ExpectedValue('action_value')
     """
 
     module: DistributionalQValueModule
 
     def __repr__(self) -> str:
         return f"ExpectedValue({self.module.action_value_key!r})"
+
+    @property
+    @override
+    def reads(self) -> tuple[str, ...]:
+        return (self.module.action_value_key,)
 
     def bind(self, reference: Reference) -> Pick:
         """Holds the greedy action fixed."""

@@ -21,11 +21,30 @@ from tdhook_like.errors import RuleError
 
 __all__ = ["BaseRuleMapper", "EpsilonPlus"]
 
-HOMOGENEOUS = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+HOMOGENEOUS = (
+    nn.ReLU,
+    nn.LeakyReLU,
+    nn.PReLU,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+)
 """Activations with ``f(x) = f′(x)·x``: their own gradient passes relevance on."""
 
 ACTIVATIONS = (
-    *(nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ReLU6, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU),
+    *(
+        nn.ReLU,
+        nn.LeakyReLU,
+        nn.PReLU,
+        nn.RReLU,
+        nn.ReLU6,
+        nn.ELU,
+        nn.CELU,
+        nn.SELU,
+        nn.GELU,
+        nn.SiLU,
+    ),
     *(nn.Mish, nn.Tanh, nn.Tanhshrink, nn.Sigmoid, nn.LogSigmoid, nn.Softplus, nn.Softsign),
     *(nn.Softshrink, nn.Hardshrink, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Threshold),
 )
@@ -54,7 +73,9 @@ class BaseRuleMapper:
 
     def __init__(self, stabilizer: float = 1e-6, rule_mapper: RuleMapper | None = None) -> None:
         if rule_mapper is not None and not callable(rule_mapper):
-            raise RuleError(f"{type(self).__name__}: rule_mapper must be callable, got {rule_mapper!r}.")
+            raise RuleError(
+                f"{type(self).__name__}: rule_mapper must be callable, got {rule_mapper!r}."
+            )
         self._first = rule_mapper
         self._pass, self._ignore, self._layer_norm = PassRule(), IgnoreRule(), LayerNormRule()
         self._sum, self._softmax = EpsilonRule(stabilizer), SoftmaxEpsilonRule(stabilizer)

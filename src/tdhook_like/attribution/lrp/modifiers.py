@@ -34,7 +34,9 @@ class ParamModifier:
     True
     """
 
-    def __init__(self, modify_fn: ModifyFn | None = None, select_fn: SelectFn | None = None) -> None:
+    def __init__(
+        self, modify_fn: ModifyFn | None = None, select_fn: SelectFn | None = None
+    ) -> None:
         for name, given in (("modify_fn", modify_fn), ("select_fn", select_fn)):
             if given is not None and not callable(given):
                 raise RuleError(f"ParamModifier: {name} must be callable, got {given!r}.")
@@ -117,7 +119,9 @@ def with_parameters(module: nn.Module, parameters: Mapping[str, Tensor | None]) 
     state.pop("forward", None)
     state["_parameters"] = {**module._parameters, **parameters}
     if module.training and module._buffers:  # a second run must not count as a second batch
-        state["_buffers"] = {k: None if b is None else b.clone() for k, b in module._buffers.items()}
+        state["_buffers"] = {
+            k: None if b is None else b.clone() for k, b in module._buffers.items()
+        }
     twin.__dict__ = state
     return twin
 
@@ -132,4 +136,6 @@ def _plain_type(module: nn.Module, names: Mapping[str, Any]) -> type[nn.Module]:
     for kind in type(module).__mro__:
         if not any(isinstance(getattr(kind, name, None), property) for name in names):
             return kind
-    raise RuleError(f"{type(module).__name__} computes its parameters in a way that rules cannot see.")
+    raise RuleError(
+        f"{type(module).__name__} computes its parameters in a way that rules cannot see."
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +63,14 @@ class RulePlan:
                 "An instance is needed where it is a class; for one rule everywhere, "
                 "give lambda name, module: rule if isinstance(module, ...) else None."
             )
+        try:
+            inspect.signature(mapper).bind("path", model)
+        except TypeError as error:
+            raise RuleError(
+                f"The rule mapper {mapper!r} must take two arguments, (name, module): {error}."
+            ) from None
+        except ValueError:  # a callable without a signature to look at
+            pass
         found: dict[int, tuple[str, nn.Module, Rule, str]] = {}
         for path, module, _ in walk(model):
             if id(module) in found:
@@ -78,14 +87,18 @@ class RulePlan:
                 )
             reason = rule.check(module)
             if reason:
-                raise RuleError(f"{rule!r} cannot sit on {path!r} ({type(module).__name__}): {reason}")
+                raise RuleError(
+                    f"{rule!r} cannot sit on {path!r} ({type(module).__name__}): {reason}"
+                )
             found[id(module)] = (path, module, rule, why)
         exact = any(rule.feeds_zeros for _, _, rule, _ in found.values())
         self.lines = tuple(_planned(*item, exact=exact) for item in found.values())
 
     def __str__(self) -> str:
         rows = [("path", "type", "rule", "why")]
-        rows += [(p.path or "(root)", type(p.module).__name__, repr(p.rule), p.why) for p in self.lines]
+        rows += [
+            (p.path or "(root)", type(p.module).__name__, repr(p.rule), p.why) for p in self.lines
+        ]
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         return "\n".join(
             "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]])
@@ -131,7 +144,9 @@ def _planned(path: str, module: nn.Module, rule: Rule, why: str, *, exact: bool)
     if type(rule) is PassRule and isinstance(module, HOMOGENEOUS) and not exact:
         # Where no other rule gives relevance to zeros, the gradient passes all of it on.
         acts = False
-    return Planned(path, module, rule, why if acts else f"{why}: its own gradient is this rule", acts)
+    return Planned(
+        path, module, rule, why if acts else f"{why}: its own gradient is this rule", acts
+    )
 
 
 def _keeper(kept: list[Tensor]) -> Before:
@@ -142,7 +157,9 @@ def _keeper(kept: list[Tensor]) -> Before:
 
 
 def _handler(line: Planned, reached: set[str], kept: list[Tensor] | None) -> Handler:
-    def handle(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def handle(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
         reached.add(line.path)
         if kept:
             args = (kept.pop(), *args[1:])

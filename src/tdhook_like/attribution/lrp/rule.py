@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from typing_extensions import override
 
 from tdhook_like.errors import RuleError
 from tdhook_like.hooks.surrogate import attach, nonzero
@@ -28,6 +29,7 @@ class Inputs(tuple[Any, ...]):
 
     kwargs: dict[str, Any]
 
+    @override
     def __new__(cls, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Inputs:
         made = super().__new__(cls, args)
         made.kwargs = kwargs or {}

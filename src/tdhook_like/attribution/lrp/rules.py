@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from typing_extensions import override
 
 from tdhook_like.attribution.lrp.rule import Inputs, Rule
 from tdhook_like.errors import RuleError
@@ -33,7 +34,11 @@ __all__ = [
 
 def positive(name: str, value: float, rule: str) -> float:
     """``value`` as a float, or a :class:`RuleError` where it is not a finite number above zero."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not 0 < value < float("inf")
+    ):
         raise RuleError(f"{rule}: {name} must be a finite number above 0, got {value!r}.")
     return float(value)
 
@@ -61,6 +66,7 @@ class EpsilonRule(Rule):
     def __init__(self, epsilon: float = 1e-6) -> None:
         self.epsilon = positive("epsilon", epsilon, type(self).__name__)
 
+    @override
     def surrogate(self, module: nn.Module, inputs: Inputs, output: Any) -> Any:
         if isinstance(output, Tensor):
             return output * self._factor(output)
@@ -87,6 +93,7 @@ class UniformEpsilonRule(EpsilonRule):
     UniformEpsilonRule(epsilon=1e-06)
     """
 
+    @override
     def surrogate(self, module: nn.Module, inputs: Inputs, output: Any) -> Any:
         n = max(len(inputs.attributed), 1)
         return tree_map(
@@ -127,6 +134,7 @@ class PassRule(Rule):
 
     fresh = True
 
+    @override
     def surrogate(self, module: nn.Module, inputs: Inputs, output: Any) -> Any:
         tensors = inputs.attributed or inputs.tensors
         outputs = [output] if isinstance(output, Tensor) else output
@@ -157,6 +165,7 @@ class IgnoreRule(Rule):
     IgnoreRule()
     """
 
+    @override
     def surrogate(self, module: nn.Module, inputs: Inputs, output: Any) -> Any:
         return None
 
@@ -168,6 +177,7 @@ class StopRule(Rule):
     StopRule()
     """
 
+    @override
     def surrogate(self, module: nn.Module, inputs: Inputs, output: Any) -> Any:
         return tree_map(lambda y: y.detach() if isinstance(y, Tensor) else y, output)
 
@@ -189,6 +199,7 @@ class UniformRule(Rule):
 
     feeds_zeros = True
 
+    @override
     def surrogate(self, module: nn.Module, inputs: Inputs, output: Any) -> Any:
         operands = inputs.attributed
         if not isinstance(output, Tensor) or not operands:
@@ -222,11 +233,13 @@ class LayerNormRule(Rule):
     LayerNormRule()
     """
 
+    @override
     def check(self, module: nn.Module) -> str | None:
         if isinstance(getattr(module, "normalized_shape", None), tuple | list):
             return None
         return "it has no normalized_shape, as nn.LayerNorm and nn.RMSNorm have. Use EpsilonRule."
 
+    @override
     def surrogate(self, module: nn.Module, inputs: Inputs, output: Any) -> Any:
         x = inputs.tensors[0]
         shape: Any = module.normalized_shape
@@ -261,6 +274,7 @@ class PseudoIdentityRule(Rule):
     def __init__(self, stabilizer: float = 1e-6) -> None:
         self.stabilizer = positive("stabilizer", stabilizer, type(self).__name__)
 
+    @override
     def surrogate(self, module: nn.Module, inputs: Inputs, output: Any) -> Any:
         x = single_input(self, module, inputs)
         if not isinstance(output, Tensor) or x.shape != output.shape:
@@ -284,6 +298,7 @@ class AHQKVRule(Rule):
     AHQKVRule()
     """
 
+    @override
     def surrogate(self, module: nn.Module, inputs: Inputs, output: Any) -> Any:
         if not isinstance(output, Tensor) or output.shape[-1] % 3:
             raise RuleError(

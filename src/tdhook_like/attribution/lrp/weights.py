@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from typing_extensions import override
 
 from tdhook_like.attribution.lrp.modifiers import (
     ParamModifier,
@@ -35,6 +37,12 @@ Change = Callable[[Tensor], Tensor]
 """From a parameter to what stands in its place."""
 
 
+_NOT_AFFINE = (
+    *(_NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.LocalResponseNorm),
+    *(nn.RNNBase, nn.RNNCellBase, nn.Embedding, nn.EmbeddingBag, nn.PReLU, nn.Bilinear),
+)
+
+
 class _WeightRule(Rule):
     """A rule on a layer with weights of its own: one input, one output."""
 
@@ -50,8 +58,14 @@ class _WeightRule(Rule):
                 "it reads a layer with other weights, and this is a container of "
                 f"{len(children)} modules. Put it on the layers inside, or use EpsilonRule here."
             )
-        if not isinstance(getattr(module, "weight", None), Tensor) and not module._parameters:
-            return "it reads a layer with other weights, and this has none. Use EpsilonRule or PassRule."
+        if isinstance(module, _NOT_AFFINE):
+            return (
+                "its output is not a weighted sum of its input alone: statistics, states or indices "
+                "take part. Use PassRule, LayerNormRule or EpsilonRule."
+            )
+        own = any(value is not None for value in module._parameters.values())
+        if not own and not isinstance(getattr(module, "weight", None), Tensor):
+            return "it reads a layer with other weights, and this has none. Use EpsilonRule."
         return None
 
     def surrogate(self, module: nn.Module, inputs: Inputs, output: Any) -> Any:
@@ -100,6 +114,7 @@ class ModifiedRule(_WeightRule):
             raise RuleError(f"ModifiedRule needs a ParamModifier, got {modifier!r}.")
         self.modifier = modifier
 
+    @override
     def surrogate(self, module: nn.Module, inputs: Inputs, output: Any) -> Any:
         single_input(self, module, inputs)
         if self.check(module) or not isinstance(output, Tensor):
@@ -140,6 +155,7 @@ class AlphaBetaRule(_WeightRule):
             )
         self.alpha, self.beta = float(alpha), float(beta)
 
+    @override
     def share(self, run: Callable[..., Tensor], x: Tensor, y: Tensor) -> Tensor:
         above = known_nonnegative(x)
         up, down = (x, None) if above else (x.clamp(min=0), x.clamp(max=0))
@@ -196,9 +212,12 @@ class GammaRule(_WeightRule):
     def __init__(self, gamma: float = 0.25, stabilizer: float = 1e-6) -> None:
         super().__init__(stabilizer)
         if not isinstance(gamma, int | float) or not 0 <= gamma < float("inf"):
-            raise RuleError(f"GammaRule: gamma must be a finite number of at least 0, got {gamma!r}.")
+            raise RuleError(
+                f"GammaRule: gamma must be a finite number of at least 0, got {gamma!r}."
+            )
         self.gamma = float(gamma)
 
+    @override
     def share(self, run: Callable[..., Tensor], x: Tensor, y: Tensor) -> Tensor:
         def more(part: Change) -> Change:
             return lambda w: w + self.gamma * part(w)
@@ -242,11 +261,14 @@ class ZBoxRule(_WeightRule):
         try:
             ordered = bool((torch.as_tensor(low) <= torch.as_tensor(high)).all())
         except (RuntimeError, TypeError, ValueError):
-            raise RuleError(f"ZBoxRule: low and high do not go together: {low!r}, {high!r}.") from None
+            raise RuleError(
+                f"ZBoxRule: low and high do not go together: {low!r}, {high!r}."
+            ) from None
         if not ordered:
             raise RuleError(f"ZBoxRule: low must not be above high, got {low!r} and {high!r}.")
         self.low, self.high = low, high
 
+    @override
     def share(self, run: Callable[..., Tensor], x: Tensor, y: Tensor) -> Tensor:
         ones = unit(x)
         try:
@@ -279,6 +301,7 @@ class WSquareRule(_WeightRule):
 
     feeds_zeros = True
 
+    @override
     def share(self, run: Callable[..., Tensor], x: Tensor, y: Tensor) -> Tensor:
         return self.scaled(run(unit(x), torch.square, None), y)
 
@@ -297,6 +320,7 @@ class FlatRule(WSquareRule):
     FlatRule(stabilizer=1e-06)
     """
 
+    @override
     def share(self, run: Callable[..., Tensor], x: Tensor, y: Tensor) -> Tensor:
         return self.scaled(run(unit(x), torch.ones_like, None), y)
 

@@ -1,0 +1,185 @@
+"""What a call writes: the model's outputs as if it had been called plainly, and the attributions."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tensordict import LazyStackedTensorDict, TensorDictBase
+from tensordict.utils import NestedKey
+from torch import Tensor
+
+from tdhook_like.attribution.method import Attribution
+from tdhook_like.errors import InputError
+from tdhook_like.keys import as_tuple, place
+from tdhook_like.runner import View
+from tdhook_like.score import Captured
+from tdhook_like.targets import Each
+
+if TYPE_CHECKING:
+    from tdhook_like.context import HookContext
+
+__all__ = ["CompletenessWarning", "Written", "write_attribution", "write_outputs"]
+
+
+class CompletenessWarning(UserWarning):
+    """Attributions miss the sum that they promise by more than the tolerance."""
+
+
+@dataclass
+class Written:
+    """Everything that a call has to write beside the outputs.
+
+    Attributes:
+        keys: The attributed keys.
+        attribution: What the method found.
+        columns: Which of its targets belong to which name.
+        dims: The number of batch dimensions.
+        captured: What flowed out of the chosen submodules.
+    """
+
+    keys: tuple[NestedKey, ...]
+    attribution: Attribution
+    columns: dict[str | None, slice]
+    dims: int
+    captured: Captured
+
+
+def write_outputs(
+    context: HookContext,
+    before: TensorDictBase,
+    outputs: TensorDictBase | View,
+    destination: TensorDictBase,
+    undeclared: bool,
+) -> TensorDictBase:
+    """What the plain call would have written, without graphs; gives what it would have returned.
+
+    Args:
+        context: The binding of a method to the model.
+        before: The TensorDict that the call was made on.
+        outputs: What the model returned for a private copy of it.
+        destination: Where to write.
+        undeclared: Whether ``outputs`` got batch dimensions that ``before`` does not declare.
+    """
+    if isinstance(outputs, View):
+        for key, value in outputs.written.items():
+            if type(key) is str:
+                destination.set(key, _plain(value))
+            else:
+                _set(destination, outputs.td, key, _plain(value))
+        return destination
+    if context.runner.writes_out_keys:
+        for key in context.out_keys:
+            _set(destination, outputs, key, _plain(outputs.get(key)))
+        return destination
+    if outputs.batch_size != destination.batch_size and not undeclared:
+        for key, value in list(outputs.items(True, True)):
+            outputs.set(key, _plain(value))
+        return outputs  # the model returns a TensorDict of its own making
+    lazy = isinstance(outputs, LazyStackedTensorDict)  # it makes its tensors anew at each look
+    declared = {as_tuple(key) for key in context.out_keys}
+    read = {as_tuple(key) for key in context.in_keys}
+    for key, value in list(outputs.items(True, True, is_leaf=_is_leaf)):
+        flat = as_tuple(key)
+        old = before.get(key, None)
+        changed = old is not value and flat not in read and not lazy
+        if flat in declared or old is None or changed:
+            _set(destination, outputs, key, _plain(value))
+    return destination
+
+
+def write_attribution(context: HookContext, td: TensorDictBase, found: Written) -> None:
+    """Attributions, activations and completeness gaps under their keys.
+
+    Raises:
+        InputError: If what a submodule gives does not begin with the batch dimensions.
+    """
+    method, attribution = context.method, found.attribution
+    for name, columns in found.columns.items():
+        named = () if name is None else (name,)
+        # Each() has a target dimension behind the batch dimensions; other targets are one column.
+        several = isinstance(context.targets[name], Each)
+
+        def one(values: Any, columns: slice = columns, several: bool = several) -> Tensor:
+            if several:
+                value = torch.stack(list(values[columns]), found.dims)
+            else:
+                value = values[columns.start]
+            return value if method.create_graph else value.detach()
+
+        for key, value in zip(found.keys, attribution.inputs, strict=True):
+            place(td, (method.root, *named), key, one(value))
+        for path in context.at.modules if context.at else ():
+            calls = [
+                one([found.captured.batch_first(value, path, i, found.dims) for value in values])
+                for i, values in enumerate(attribution.modules.get(path, []))
+            ]
+            _write_calls(td, (method.at_root, *named), path, calls)
+        if attribution.gap is not None:
+            path = (method.gap_root, *named)
+            place(td, path[:-1], path[-1:], one(attribution.gap.unbind(-1)))
+    for path in context.activations.modules if context.activations else ():
+        calls = [
+            found.captured.batch_first(value.detach().clone(), path, i, found.dims)
+            for i, value in enumerate(found.captured.outputs.get(path, []))
+        ]
+        _write_calls(td, (method.activations_root,), path, calls)
+    if attribution.gap is not None and attribution.scale is not None:
+        _warn_of_gap(context, attribution.gap.abs(), attribution.scale)
+
+
+def _write_calls(td: TensorDictBase, root: tuple[str, ...], path: str, calls: list[Tensor]) -> None:
+    """What one submodule gave: at its path, or at (path, "0"), (path, "1"), … for several."""
+    name = path or "(root)"
+    for i, value in enumerate(calls):
+        if value.shape[: td.batch_dims] != td.batch_size:
+            raise InputError(
+                f"What {name!r} gives has shape {tuple(value.shape)}, which does not begin with the "
+                f"batch dimensions {tuple(td.batch_size)}, so it cannot be written beside them. Choose "
+                "a submodule that keeps the batch first."
+            )
+        if len(calls) == 1:
+            place(td, root, name, value)
+        else:
+            place(td, (*root, name), str(i), value)
+
+
+def _warn_of_gap(context: HookContext, gap: Tensor, scale: Tensor) -> None:
+    tolerance = getattr(context.method, "gap_tolerance", None)
+    if tolerance is None or not gap.numel():
+        return
+    allowed = tolerance * torch.maximum(scale, scale.mean()).clamp_min(1e-12)
+    large = int((gap > allowed).sum())
+    if large:
+        worst = (gap / scale.clamp_min(1e-12)).max().item()
+        warnings.warn(
+            f"{type(context.method).__name__}: attributions miss score(input) - score(baseline) by more "
+            f"than {tolerance:.0%} in {large} of {gap.numel()} cases (at worst {worst:.0%}). Take more "
+            "n_steps, or a baseline at which the model is smooth; the gaps are at "
+            f"{context.method.gap_root!r}.",
+            CompletenessWarning,
+            stacklevel=6,
+        )
+
+
+def _plain(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _is_leaf(kind: type) -> bool:
+    return not issubclass(kind, TensorDictBase)
+
+
+def _set(
+    destination: TensorDictBase, source: TensorDictBase | None, key: NestedKey, value: Any
+) -> None:
+    """Writes an output, nested ones in parents of the batch sizes that the model gave them."""
+    path = as_tuple(key)
+    for name in path[:-1]:
+        inner = None if source is None else source.get(name, None)
+        if destination.get(name, None) is None:
+            destination.set(name, (destination if inner is None else inner).empty())
+        destination, source = destination.get(name), inner
+    destination.set(path[-1], value)

@@ -1,0 +1,373 @@
+"""The contract about targets: every form against plain autograd, all from one forward."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import (
+    InteractionType,
+    NormalParamExtractor,
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+    set_interaction_type,
+)
+from torch import Tensor, nn
+from torch.distributions import Independent, Normal, OneHotCategorical
+
+from tdhook_like import (
+    LRP,
+    Contrast,
+    Each,
+    Function,
+    Greedy,
+    InputXGradient,
+    IntegratedGradients,
+    LogProb,
+    Output,
+    Saliency,
+    Taken,
+    TargetError,
+)
+
+METHODS = {
+    "saliency": lambda target: Saliency(target, abs=False),
+    "input x gradient": InputXGradient,
+    "integrated gradients": lambda target: IntegratedGradients(target, n_steps=8),
+    "lrp": lambda target: LRP(target=target),
+}
+
+
+class Calls:
+    """Rows seen, call by call. Not a list: a copied model shall count here too."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+
+class Heads(nn.Module):
+    """Three logits, a value, and a table of 2 × 3 numbers; counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(4, 8), nn.Tanh())
+        self.logits, self.value, self.table = nn.Linear(8, 3), nn.Linear(8, 1), nn.Linear(8, 6)
+        self.calls = Calls()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self.calls.rows.append(x.numel() // 4)
+        h = self.trunk(x)
+        value = self.value(h)
+        return self.logits(h), value, value.squeeze(-1) ** 2, self.table(h).unflatten(-1, (2, 3))
+
+
+def model() -> Any:
+    out_keys = ["logits", "state_value", "square", ("agents", "table")]
+    return TensorDictModule(Heads(), ["observation"], out_keys)
+
+
+def inputs(*batch: int) -> TensorDict:
+    action = torch.randint(3, batch)
+    td = {"observation": torch.randn(*batch, 4), "action": action, "index": action.unsqueeze(-1)}
+    one_hot = nn.functional.one_hot(action, 3)
+    td |= {"one_hot": one_hot, "mask": one_hot.bool(), "float": one_hot.float()}
+    return TensorDict(td, batch)
+
+
+def reference(policy: Any, td: TensorDictBase, number: Callable[[Any], Tensor]) -> Tensor:
+    """The gradient of ``number(outputs)``, by hand."""
+    x = td["observation"].detach().clone().requires_grad_()
+    out = policy(td.copy().set("observation", x))
+    return torch.autograd.grad(number(out).sum(), x)[0]
+
+
+def taken(td: Any) -> Tensor:
+    return (td["logits"] * td["float"]).sum(-1)
+
+
+def rest(td: Any, index: int) -> Tensor:
+    return (td["logits"].sum(-1) - td["logits"][..., index]) / 2
+
+
+# A target, and the number per element that it means, from the outputs.
+FORMS: dict[str, tuple[Any, Callable[[Any], Tensor]]] = {
+    "a key": ("state_value", lambda td: td["state_value"]),
+    "a key of numbers": ("square", lambda td: td["square"]),
+    "a key and an index": (("logits", 2), lambda td: td["logits"][..., 2]),
+    "a negative index": (("logits", -3), lambda td: td["logits"][..., 0]),
+    "a nested key and indices": (
+        ("agents", "table", 1, 2), lambda td: td["agents", "table"][..., 1, 2],
+    ),
+    "an ellipsis": ((("agents", "table"), 0, ..., 1), lambda td: td["agents", "table"][..., 0, 1]),
+    "an output": (Output("logits", 1), lambda td: td["logits"][..., 1]),
+    "an output's entry": (Output("logits")[1], lambda td: td["logits"][..., 1]),
+    "the action taken": (Taken("logits"), taken),
+    "an index with a last one": (Taken("logits", "index"), taken),
+    "a one-hot action": (Taken("logits", "one_hot"), taken),
+    "a mask for an action": (Taken("logits", action="mask"), taken),
+    "a floating one-hot action": (Taken("logits", action="float"), taken),
+    "the greedy action": (Greedy("logits"), lambda td: td["logits"].max(-1).values),
+    "greedy of each row": (
+        Greedy(("agents", "table"))[1], lambda td: td["agents", "table"][..., 1, :].max(-1).values,
+    ),
+    "a contrast": (
+        Contrast(Output("logits", 0), Output("logits", 2)),
+        lambda td: td["logits"][..., 0] - td["logits"][..., 2],
+    ),
+    "a difference": (Taken("logits") - ("logits", 0), lambda td: taken(td) - td["logits"][..., 0]),
+    "a difference from the left": (
+        ("logits", 0) - Greedy("logits"),
+        lambda td: td["logits"][..., 0] - td["logits"].max(-1).values,
+    ),
+    "a difference of values": (
+        Output("state_value") - "square", lambda td: td["state_value"].squeeze(-1) - td["square"],
+    ),
+    "an entry against the rest": (
+        Output("logits", 1).against_rest(), lambda td: td["logits"][..., 1] - rest(td, 1),
+    ),
+    "the taken action against the rest": (
+        Taken("logits").against_rest(),
+        lambda td: taken(td) - (td["logits"].sum(-1) - taken(td)) / 2,
+    ),
+    "the greedy action against the rest": (
+        Greedy("logits").against_rest(),
+        lambda td: 1.5 * td["logits"].max(-1).values - 0.5 * td["logits"].sum(-1),
+    ),
+    "an entry of a table against the rest of its row": (
+        Output(("agents", "table"), 1, 0).against_rest(),
+        lambda td: td["agents", "table"][..., 1, 0] - td["agents", "table"][..., 1, 1:].mean(-1),
+    ),
+    "a function": (lambda td: td["logits"].logsumexp(-1), lambda td: td["logits"].logsumexp(-1)),
+    "a function with a last one": (
+        Function(lambda td: td["state_value"] ** 3), lambda td: td["state_value"] ** 3,
+    ),
+    "a function of outputs and inputs": (
+        lambda td: td["state_value"].squeeze(-1) * td["action"],
+        lambda td: td["state_value"].squeeze(-1) * td["action"],
+    ),
+    "a contrast with a function": (
+        Output("square") - (lambda td: td["logits"].mean(-1)),
+        lambda td: td["square"] - td["logits"].mean(-1),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("batch", [(5,), (), (2, 3), (1,)], ids=str)
+@pytest.mark.parametrize("drive", [True, False], ids=["driving", "observing"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_target_is_the_number_that_it_names(form, drive, batch):
+    target, number = FORMS[form]
+    policy, td = model(), inputs(*batch)
+    expected = reference(policy, td, number)
+    with Saliency(target, abs=False).prepare(policy) as hooked:
+        found = (hooked if drive else hooked.observe)(td)["attr", "observation"]
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_all_forms_together_are_what_they_are_apart(method):
+    policy, td = model(), inputs(5)
+    with METHODS[method]({name: form for name, (form, _) in FORMS.items()}).prepare(
+        policy
+    ) as hooked:
+        together = hooked(td.clone())["attr"]
+    for name, (form, _) in FORMS.items():
+        with METHODS[method](form).prepare(policy) as hooked:
+            apart = hooked(td.clone())["attr", "observation"]
+        torch.testing.assert_close(together[name, "observation"], apart)
+
+
+@pytest.mark.parametrize("drive", [True, False], ids=["driving", "observing"])
+@pytest.mark.parametrize("method", METHODS)
+def test_several_named_targets_take_as_many_forwards_as_one(method, drive):
+    policy, td = model(), inputs(5)
+
+    def forwards(target: Any) -> list[int]:
+        with METHODS[method](target).prepare(policy) as hooked:
+            call = hooked if drive else hooked.observe
+            call(td.clone())  # which decides upon the layout
+            policy.module.calls.rows.clear()
+            call(td.clone())
+        return list(policy.module.calls.rows)
+
+    several = {"a": "state_value", "b": ("logits", 0), "c": Greedy("logits"), "d": Taken("logits")}
+    assert forwards(several) == forwards("state_value") == forwards(Each("logits")) != []
+    if method != "integrated gradients":
+        assert forwards(several) == [5]
+
+
+@pytest.mark.parametrize("batch", [(5,), (), (2, 3)], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_each_output_is_a_target_in_a_dimension_behind_the_batch(method, batch):
+    policy, td = model(), inputs(*batch)
+    with METHODS[method](Each("logits")).prepare(policy) as hooked:
+        each = hooked(td.clone())
+    assert each["attr", "observation"].shape == (*batch, 3, 4)
+    for i in range(3):
+        with METHODS[method](("logits", i)).prepare(policy) as hooked:
+            one = hooked(td.clone())
+        torch.testing.assert_close(
+            each["attr", "observation"][..., i, :], one["attr", "observation"]
+        )
+        if method == "integrated gradients":
+            assert each["attr_gap"].shape == (*batch, 3)
+            torch.testing.assert_close(
+                each["attr_gap"][..., i], one["attr_gap"], rtol=1e-3, atol=1e-6
+            )
+
+
+def test_each_stands_beside_other_targets_and_lays_a_table_out_row_by_row():
+    policy, td = model(), inputs(5)
+    targets = {
+        "value": "state_value",
+        "each": Each(("agents", "table")),
+        "one": Each("state_value"),
+    }
+    with Saliency(targets, abs=False).prepare(policy) as hooked:
+        hooked(td)
+    assert td["attr", "value", "observation"].shape == (5, 4)
+    assert td["attr", "one", "observation"].shape == (5, 1, 4)
+    assert td["attr", "each", "observation"].shape == (5, 6, 4)
+    expected = reference(policy, td, lambda out: out["agents", "table"][:, 1, 0])
+    torch.testing.assert_close(td["attr", "each", "observation"][:, 3], expected)
+
+
+def test_each_of_a_difference_is_a_target_per_entry():
+    policy, td = model(), inputs(5)
+    each = Each(lambda out: out["logits"] - out["state_value"])
+    with Saliency(each, abs=False).prepare(policy) as hooked:
+        hooked(td)
+    expected = reference(policy, td, lambda out: out["logits"][:, 2] - out["state_value"][:, 0])
+    torch.testing.assert_close(td["attr", "observation"][:, 2], expected)
+
+
+def test_a_contrast_of_several_numbers_with_one_never_mixes_batch_elements():
+    policy, td = model(), inputs(3)  # as many elements as logits
+    method = Saliency(Each(Output("logits") - Greedy("logits")), abs=False)
+    with method.prepare(policy) as hooked, pytest.raises(TargetError, match=r"\(3, 3\).*\(3,\)"):
+        hooked(td)
+
+
+class Crossing(nn.Module):
+    """Two logits; which one is greedy changes between zero and one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([x.square().sum(-1), (0.5 * x).sum(-1) + 0.2], -1)
+
+
+def test_the_greedy_action_is_held_fixed_along_a_path():
+    policy = TensorDictModule(Crossing(), ["observation"], ["logits"])
+    td = TensorDict({"observation": torch.ones(1, 2)}, [1])
+    assert policy(td.clone())["logits"].argmax(-1) == 0
+    assert policy(TensorDict({"observation": torch.zeros(1, 2)}, [1]))["logits"].argmax(-1) == 1
+    with IntegratedGradients(Greedy("logits")).prepare(policy) as hooked:
+        hooked(td)
+        seen = hooked.observe(td.select("observation"))
+    for found in (td, seen):
+        torch.testing.assert_close(found["attr", "observation"], torch.ones(1, 2))
+        assert found["attr_gap"].abs() < 1e-5
+
+
+# --- policies with a distribution -----------------------------------------------------------------
+
+
+class Gaussian(Independent):
+    def __init__(self, loc: Tensor, scale: Tensor) -> None:
+        super().__init__(Normal(loc, scale), 1)
+
+
+def actor(kind: str) -> Any:
+    if kind == "continuous":
+        net = nn.Sequential(nn.Linear(4, 6), NormalParamExtractor())
+        head, keys, made = ["loc", "scale"], ["loc", "scale"], Gaussian
+    else:
+        net, head, keys, made = nn.Linear(4, 3), ["logits"], ["logits"], OneHotCategorical
+    return ProbabilisticTensorDictSequential(
+        TensorDictModule(net, ["observation"], head),
+        ProbabilisticTensorDictModule(
+            keys, ["action"], distribution_class=made, return_log_prob=True
+        ),
+    )
+
+
+@pytest.mark.parametrize("interaction", [InteractionType.RANDOM, InteractionType.MEAN])
+@pytest.mark.parametrize("kind", ["continuous", "discrete"])
+def test_the_log_probability_of_the_sampled_action_does_not_leak_through_the_sample(
+    kind, interaction
+):
+    policy = actor(kind)
+    td = TensorDict({"observation": torch.randn(5, 4)}, [5])
+    with set_interaction_type(interaction), LRP(lambda n, m: None).prepare(policy) as hooked:
+        hooked(td)
+    action = td["action"].detach()
+    expected = reference(policy[:1], td, lambda out: policy.get_dist(out).log_prob(action))
+    torch.testing.assert_close(td["attr", "observation"], td["observation"] * expected)
+    if kind == "continuous" and interaction is InteractionType.MEAN:
+        # At the mean, only the scale can change the probability of what was done.
+        loc = reference(policy[:1], td, lambda out: out["loc"])
+        assert not torch.allclose(expected, loc)
+
+
+@pytest.mark.parametrize("kind", ["continuous", "discrete"])
+def test_observing_explains_the_recorded_action_and_driving_the_one_that_it_takes(kind):
+    policy = actor(kind)
+    td = policy(TensorDict({"observation": torch.randn(5, 4)}, [5])).detach()
+    recorded = td["action"].clone()
+    with Saliency(LogProb(), abs=False).prepare(policy) as hooked:
+        seen = hooked.observe(td.clone())
+        driven = hooked(td.clone())
+    assert torch.equal(seen["action"], recorded) and not torch.equal(driven["action"], recorded)
+    for out in (seen, driven):
+        action = out["action"]
+        expected = reference(policy[:1], td, lambda o, a=action: policy.get_dist(o).log_prob(a))
+        torch.testing.assert_close(out["attr", "observation"], expected)
+
+
+def test_the_entry_of_the_recorded_action_is_read_when_observing_and_the_new_one_when_driving():
+    policy = actor("discrete")
+    td = policy(TensorDict({"observation": torch.randn(40, 4)}, [40])).detach()
+    recorded = td["action"].clone()
+    with Saliency(Taken("logits"), abs=False).prepare(policy) as hooked:
+        seen, driven = hooked.observe(td.clone()), hooked(td.clone())
+    assert not torch.equal(driven["action"], recorded)
+    for out, action in ((seen, recorded), (driven, driven["action"])):
+        expected = reference(policy[:1], td, lambda o, a=action: o["logits"] * a)
+        torch.testing.assert_close(out["attr", "observation"], expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_default_of_a_policy_is_the_log_probability_of_its_action(method):
+    policy = actor("discrete")
+    td = policy(TensorDict({"observation": torch.randn(5, 4)}, [5])).detach()
+    found = []
+    for target in (None, LogProb(), LogProb("action")):
+        with METHODS[method](target).prepare(policy) as hooked:
+            found.append(hooked.observe(td.clone())["attr", "observation"])
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_the_default_of_a_single_output_is_that_output_and_never_a_sum():
+    net, td = nn.Linear(4, 1), inputs(5)
+    with Saliency(abs=False).prepare(net, ["observation"], ["value"]) as hooked:
+        hooked(td)
+    torch.testing.assert_close(td["attr", "observation"], net.weight.detach().expand(5, 4))
+    with (
+        Saliency().prepare(nn.Linear(4, 2), ["observation"], ["value"]) as hooked,
+        pytest.raises(TargetError, match="ambiguous"),
+    ):
+        hooked(td)
+
+
+def test_targets_print_compare_and_can_be_sent_to_another_process():
+    for name, (form, _) in FORMS.items():
+        if "function" in name:
+            continue
+        method = Saliency(form)
+        assert copy.deepcopy(method) == method == pickle.loads(pickle.dumps(method))
+        assert "object at" not in repr(method)
