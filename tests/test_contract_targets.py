@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -277,6 +278,9 @@ def test_the_greedy_action_is_held_fixed_along_a_path():
 # --- policies with a distribution -----------------------------------------------------------------
 
 
+SAMPLED = partial(set_interaction_type, InteractionType.RANDOM)
+
+
 class Gaussian(Independent):
     def __init__(self, loc: Tensor, scale: Tensor) -> None:
         super().__init__(Normal(loc, scale), 1)
@@ -296,7 +300,7 @@ def actor(kind: str) -> Any:
     )
 
 
-@pytest.mark.parametrize("interaction", [InteractionType.RANDOM, InteractionType.MEAN])
+@pytest.mark.parametrize("interaction", [InteractionType.RANDOM, InteractionType.MODE])
 @pytest.mark.parametrize("kind", ["continuous", "discrete"])
 def test_the_log_probability_of_the_sampled_action_does_not_leak_through_the_sample(
     kind, interaction
@@ -308,8 +312,8 @@ def test_the_log_probability_of_the_sampled_action_does_not_leak_through_the_sam
     action = td["action"].detach()
     expected = reference(policy[:1], td, lambda out: policy.get_dist(out).log_prob(action))
     torch.testing.assert_close(td["attr", "observation"], td["observation"] * expected)
-    if kind == "continuous" and interaction is InteractionType.MEAN:
-        # At the mean, only the scale can change the probability of what was done.
+    if kind == "continuous" and interaction is InteractionType.MODE:
+        # At the mode, only the scale can change the probability of what was done.
         loc = reference(policy[:1], td, lambda out: out["loc"])
         assert not torch.allclose(expected, loc)
 
@@ -319,9 +323,8 @@ def test_observing_explains_the_recorded_action_and_driving_the_one_that_it_take
     policy = actor(kind)
     td = policy(TensorDict({"observation": torch.randn(5, 4)}, [5])).detach()
     recorded = td["action"].clone()
-    with Saliency(LogProb(), abs=False).prepare(policy) as hooked:
-        seen = hooked.observe(td.clone())
-        driven = hooked(td.clone())
+    with SAMPLED(), Saliency(LogProb(), abs=False).prepare(policy) as hooked:
+        seen, driven = hooked.observe(td.clone()), hooked(td.clone())
     assert torch.equal(seen["action"], recorded) and not torch.equal(driven["action"], recorded)
     for out in (seen, driven):
         action = out["action"]
@@ -333,7 +336,7 @@ def test_the_entry_of_the_recorded_action_is_read_when_observing_and_the_new_one
     policy = actor("discrete")
     td = policy(TensorDict({"observation": torch.randn(40, 4)}, [40])).detach()
     recorded = td["action"].clone()
-    with Saliency(Taken("logits"), abs=False).prepare(policy) as hooked:
+    with SAMPLED(), Saliency(Taken("logits"), abs=False).prepare(policy) as hooked:
         seen, driven = hooked.observe(td.clone()), hooked(td.clone())
     assert not torch.equal(driven["action"], recorded)
     for out, action in ((seen, recorded), (driven, driven["action"])):

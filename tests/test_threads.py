@@ -120,11 +120,12 @@ def test_threads_with_different_rules_and_methods_do_not_mix():
 @pytest.mark.parametrize("drive", [True, False], ids=["driving", "observing"])
 def test_plain_calls_of_the_model_in_other_threads_see_nothing(method, drive):
     model, td = policy(), inputs()
-    expected = bits(model(td.clone())["logits"])
-    gradient = [
-        bits(g)
-        for g in torch.autograd.grad(model(td.clone())["logits"].sum(), list(model.parameters()))
-    ]
+
+    def called() -> list[Any]:
+        out = model(td.clone())["logits"]
+        return [bits(t) for t in (out, *torch.autograd.grad(out.sum(), list(model.parameters())))]
+
+    expected = called()
     running, wrong = threading.Event(), []
 
     def explain(_: int) -> None:

@@ -1,7 +1,7 @@
 """One record per family of torchrl modules: how to build it, what to feed it, what to expect.
 
-``test_torchrl_families`` runs every claim over every record. A record's ``score`` is the number that
-is explained, spelled out with plain torch on the outputs of a plain call: it knows nothing of
+``test_torchrl_families`` runs every claim over every record. A record's ``score`` is the number
+that is explained, spelled out with plain torch on the outputs of a plain call: it knows nothing of
 targets, so it is what targets are compared with.
 """
 
@@ -16,7 +16,6 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import (
     CompositeDistribution,
-    EnsembleModule,
     NormalParamExtractor,
     TensorDictModule,
     TensorDictModuleBase,
@@ -76,7 +75,7 @@ class Family:
             so that LRP with a vanishing epsilon is input × gradient.
         scope: A context that calls need (recurrent mode).
         held: What the policy draws and the score holds fixed.
-        again: Whether what was written can be read again as input (a decision transformer's cannot).
+        again: Whether what was written can be read as input (a decision transformer's cannot).
     """
 
     build: Callable[[], Any]
@@ -91,7 +90,7 @@ class Family:
     again: bool = True
 
 
-# --- inputs ---------------------------------------------------------------------------------------
+# --- inputs ------------------------------------------------------------------------------------
 
 
 def observations(**more: Callable[[], Tensor]) -> TensorDict:
@@ -123,7 +122,7 @@ def steps(*batch: int, states: Sequence[str] = ("h", "c"), resets: bool = False)
     return td
 
 
-# --- networks ---------------------------------------------------------------------------------------
+# --- networks ----------------------------------------------------------------------------------
 
 
 def mlp(n_in: int = OBS, n_out: int = ACTIONS, activation: type[nn.Module] = nn.ReLU) -> MLP:
@@ -165,14 +164,12 @@ def bounded() -> Bounded:
 
 
 class Critics(TensorDictModuleBase):
-    """Stacked critics under vmap, as torchrl's losses run them: ``state_action_value`` [n, B, 1]."""
+    """Stacked critics under vmap, as in torchrl's losses: ``state_action_value`` [B, n, 1]."""
 
     def __init__(self, n: int) -> None:
         super().__init__()
         self.in_keys, self.out_keys = ["observation", "action"], ["state_action_value"]
-        members = [
-            ValueOperator(mlp(OBS + ACTIONS, 1), in_keys=self.in_keys) for _ in range(n)
-        ]
+        members = [ValueOperator(mlp(OBS + ACTIONS, 1), in_keys=self.in_keys) for _ in range(n)]
         self.params = TensorDictParams(TensorDict.from_modules(*members))
         self.member = members[0]
 
@@ -186,7 +183,7 @@ class Critics(TensorDictModuleBase):
         return td.set("state_action_value", values)
 
 
-# --- scores ---------------------------------------------------------------------------------------
+# --- scores ------------------------------------------------------------------------------------
 
 
 def entry(key: NestedKey, *index: int) -> Score:
@@ -205,8 +202,14 @@ def normal(model: Any, td: TensorDictBase) -> Tensor:
     return dist.Normal(td["loc"], td["scale"]).log_prob(td["action"].detach()).sum(-1)
 
 
+def second_action(td: TensorDictBase) -> Tensor:
+    """The log-probability of one of the numbers that make up an action."""
+    each = dist.Normal(td["loc"], td["scale"]).log_prob(td["action"].detach())
+    return each[..., 1]
+
+
 def tanh_normal(model: Any, td: TensorDictBase) -> Tensor:
-    """A squashed Gaussian by change of variables: log(1 - tanh(u)²) = 2 (log 2 - u - softplus(-2u))."""
+    """A squashed Gaussian: log(1 - tanh(u)²) = 2 (log 2 - u - softplus(-2u))."""
     action = td["action"].detach()
     limit = 1.0 - torch.finfo(action.dtype).resolution
     before = torch.atanh(action.clamp(-limit, limit))
@@ -228,7 +231,7 @@ def last_step(td: TensorDictBase) -> Tensor:
     return chosen * last
 
 
-# --- the records ----------------------------------------------------------------------------------
+# --- the records -------------------------------------------------------------------------------
 
 
 def recurrent(kind: Any, states: Sequence[str], **options: Any) -> TensorDictSequential:
@@ -256,7 +259,11 @@ def composite() -> Any:
             out = self.net(observation)
             return out[..., :ACTIONS], out[..., -2:-1], nn.functional.softplus(out[..., -1:])
 
-    params = [("params", "gear", "logits"), ("params", "steer", "loc"), ("params", "steer", "scale")]
+    params = [
+        ("params", "gear", "logits"),
+        ("params", "steer", "loc"),
+        ("params", "steer", "scale"),
+    ]
     heads = {"gear": dist.Categorical, "steer": dist.Normal}
     return ProbabilisticActor(
         TensorDictModule(Heads(), in_keys=["observation"], out_keys=params),
@@ -407,8 +414,8 @@ FAMILIES: dict[str, Family] = {
         lambda: sampler(dist.Normal, "loc", "scale"),
         observations,
         "is ambiguous: (3,) numbers per batch element",
-        lambda model, td: dist.Normal(td["loc"], td["scale"]).log_prob(td["action"].detach())[:, 1],
-        target=lambda td: dist.Normal(td["loc"], td["scale"]).log_prob(td["action"].detach())[:, 1],
+        lambda model, td: second_action(td),
+        target=second_action,
         relu=False,
         held=["action"],
     ),
@@ -722,14 +729,6 @@ FAMILIES: dict[str, Family] = {
         relu=False,
         again=False,  # one action is written where a sequence was read
     ),
-    "EnsembleModule": Family(
-        lambda: EnsembleModule(
-            TensorDictModule(mlp(n_out=1), in_keys=["observation"], out_keys=["value"]), 3
-        ),
-        lambda: TensorDict({"observation": torch.randn(B, OBS)}, [B]),
-        "Output('value')",
-        entry("value", 0),
-    ),
     "SAC's critics": Family(
         lambda: Critics(2),
         lambda: observations(action=lambda: torch.randn(B, ACTIONS)),
@@ -796,6 +795,8 @@ def _multi_agent_conv(shared: bool, centralised: bool) -> Family:
 
 for _shared in (True, False):
     for _centralised in (True, False):
-        _name = f"{'shared' if _shared else 'own'} weights" + (", centralised" if _centralised else "")
+        _name = f"{'shared' if _shared else 'own'} weights" + (
+            ", centralised" if _centralised else ""
+        )
         FAMILIES[f"MultiAgentMLP, {_name}"] = _multi_agent(_shared, _centralised)
         FAMILIES[f"MultiAgentConvNet, {_name}"] = _multi_agent_conv(_shared, _centralised)

@@ -137,7 +137,7 @@ def _sampled(spec: FromBuffer, td: TensorDictBase, key: NestedKey, drawn: dict[i
             f"The buffer gave {rows.shape[0]} rows of {key!r} where {n} were asked for, one for each "
             "batch element."
         )
-    return rows.reshape(*td.batch_size, *rows.shape[1:])
+    return rows.reshape((*td.batch_size, *rows.shape[1:]))
 
 
 def _fitting(value: Any, key: NestedKey, x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from tdhook_like.baselines import resolve
 from tdhook_like.errors import (
     InputError,
     KeyNotFoundError,
+    PathError,
     TargetError,
     TdhookLikeError,
     listed,
@@ -112,7 +113,8 @@ class Call:
         known, tried = self._context.one_run, (grads, inference, shapes)
         if tried not in known:
             state = rng_state(list(self._inputs.values()))
-            model = Shadow(self._context.model).model
+            with _gradients(inference):  # what is made under inference mode takes part in no graph
+                model = Shadow(self._context.model).model
             copied = private_copy(self._td, self._context.in_keys, own=True)
             plain = self._attempt(direct, model, copied)
             restore_rng(state)
@@ -250,6 +252,14 @@ class Call:
     def _result(
         self, attribution: Attribution, targets: TargetColumns, dims: int, captured: Captured
     ) -> Written:
+        context = self._context
+        for selection in (context.at, context.activations):
+            for path in selection.named if selection else ():
+                if path not in captured.outputs:
+                    raise PathError(
+                        f"The submodule {path!r} was never called, so there is nothing to write of it: "
+                        "the forward skips it, or uses its weights directly."
+                    )
         return Written(tuple(self._inputs), attribution, targets.slices, dims, captured)
 
     def _leaf(self, x: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from tensordict import TensorDictBase, is_tensor_collection
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, dispatch
 from tensordict.utils import NestedKey
 from torch import nn
-from typing_extensions import override
 
 from tdhook_like.attribution.lrp.plan import RulePlan
 from tdhook_like.baselines import check as check_baselines
@@ -210,7 +209,6 @@ class HookedModule(TensorDictModuleBase):
         self.out_keys = [*context.out_keys, *context.written()]
         self.training = context.module.training
 
-    @override
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not args or not is_tensor_collection(args[0]) or self._forward_hooks:
             return super().__call__(*args, **kwargs)

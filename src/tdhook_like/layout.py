@@ -38,6 +38,8 @@ def folded(
 ) -> TensorDictBase:
     """Folded into the first batch dimension."""
     k, batch = points[0].shape[0], template.batch_size
+    if not batch:
+        return leading(run, template, keys, points)
     wide = template.expand(k, *batch).reshape(k * batch[0], *batch[1:])
     outputs = run(_filled(wide, keys, [x.flatten(0, 1) for x in points]))
     return outputs.reshape(k, *batch)

@@ -79,6 +79,11 @@ class Selection:
     asked: tuple[Selector, ...]
     modules: dict[str, nn.Module]
 
+    @property
+    def named(self) -> list[str]:
+        """The paths that were asked for by name, not by a pattern or a type."""
+        return [path for path in self.modules if path in self.asked]
+
     def __str__(self) -> str:
         width = max((len(path) for path in self.modules), default=0)
         rows = [

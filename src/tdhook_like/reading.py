@@ -105,6 +105,6 @@ def same_bits(a: TensorDictBase, b: TensorDictBase, keys: Iterable[NestedKey]) -
             one, other = one.detach().contiguous(), other.detach().contiguous()
             if one.shape != other.shape or one.dtype != other.dtype:
                 return False
-            if not torch.equal(one.view(torch.uint8), other.view(torch.uint8)):
+            if not torch.equal(*(t.flatten().view(torch.uint8) for t in (one, other))):
                 return False
     return True

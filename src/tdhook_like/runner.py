@@ -125,6 +125,13 @@ class View:
         self.batch_size = td.batch_size
         self.batch_dims = len(self.batch_size)
 
+    def keys(self, *nested: bool) -> list[NestedKey]:
+        """What can be read, as :meth:`TensorDictBase.keys` gives it."""
+        return [
+            *self.td.keys(*nested),
+            *(key for key in self.written if key not in self.td.keys(*nested)),
+        ]
+
     def get(self, key: NestedKey, default: Any = None) -> Any:
         """What was written at ``key``, or else what stood there."""
         found = self.written.get(key)

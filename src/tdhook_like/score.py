@@ -15,10 +15,10 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from tdhook_like.errors import TargetError
 from tdhook_like.hooks.installation import Handler
+from tdhook_like.hooks.structure import leaves, mapped
 from tdhook_like.layout import LAYOUTS, Layout, Run, verified
 from tdhook_like.runner import View
 from tdhook_like.targets import Pick, Reference, Target, columns
@@ -43,11 +43,11 @@ class Captured:
         def handle(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             changed = rule(module, args, kwargs, output) if rule is not None else None
             output = output if changed is None else changed
-            for value in tree_leaves(output):
+            for value in leaves(output):
                 if isinstance(value, Tensor) and value.is_floating_point():
                     self._keep(path, value)
             # What is captured must not be overwritten by an in-place successor.
-            return tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, output)
+            return mapped(lambda v: v.clone() if isinstance(v, Tensor) else v, output)
 
         return handle
 

@@ -5,9 +5,8 @@ is correlated with it (older, blurred readings of the pole's angle) but tells no
 does not tell better. What a trained policy really relies on can therefore be measured without any
 attribution method: `permuted_return` plays whole episodes with one key's values exchanged.
 
-Two settings make `cart` matter as `pole` does. On the original track (±2.4) a policy that only
-balances the pole survives most of an episode wherever the cart drifts; so the track is short
-(±0.15), and episodes start anywhere on its inner part.
+Gusts of wind and a short track make `cart` matter as `pole` does. In still air and on the original
+track (±2.4) a policy that only balances the pole survives most of an episode, wherever it drifts.
 """
 
 from __future__ import annotations
@@ -44,10 +43,11 @@ FEATURES: dict[str, tuple[str, str]] = {
 }
 """What each feature of each key is."""
 
-UNITS = np.array([0.1, 0.2, 0.03, 0.25], dtype=np.float32)
-"""What the state is divided by: about its standard deviations while the pole is kept upright.
+UNITS = np.array([0.06, 0.2, 0.03, 0.25], dtype=np.float32)
+"""What the four state variables are divided by, so that all features are of the order of one.
 
-Without this, the pole's angle (0.01 radians!) would need far larger weights than the distractors.
+These are about their standard deviations while the pole is kept upright. In the raw units, the
+angle (0.03 radians) would need far larger weights than the distractors do.
 """
 
 EVERY = 25
@@ -58,7 +58,7 @@ EPISODE = 500
 
 
 class DistractedCartPole(gymnasium.ObservationWrapper[Any, Any, Any]):
-    """CartPole on a short track, its state split into `cart` and `pole`, beside `noise` and `echo`.
+    """CartPole in the wind, its state split into `cart` and `pole`, beside `noise` and `echo`.
 
     All randomness comes from the wrapped environment's own generator, so a seed given to `reset`
     settles the distractors too.
@@ -66,12 +66,13 @@ class DistractedCartPole(gymnasium.ObservationWrapper[Any, Any, Any]):
     Args:
         env: gymnasium's CartPole-v1.
         track: the cart must stay within plus or minus this position.
-        start: episodes start with the cart anywhere within plus or minus this position.
-        noise: standard deviation of `noise`, the largest values of all keys.
+        gust: every half second (`EVERY` steps) the cart's velocity changes by up to plus or minus
+            this.
+        noise: standard deviation of `noise`, about that of every other feature.
         delays: how many steps ago each feature of `echo` reads the pole's angle (the first angle,
             early in an episode).
         blur: standard deviation of what is added to `echo`: about that of the angle itself under
-            a good policy, so that the correlation is about one half.
+            a good policy, so that they correlate by about two thirds.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class DistractedCartPole(gymnasium.ObservationWrapper[Any, Any, Any]):
         env: gymnasium.Env[Any, Any],
         *,
         track: float = 0.3,
-        gust: float = 0.3,
+        gust: float = 0.25,
         noise: float = 1.0,
         delays: tuple[int, int] = (2, 4),
         blur: float = 1.0,
@@ -91,6 +92,7 @@ class DistractedCartPole(gymnasium.ObservationWrapper[Any, Any, Any]):
         self.noise = noise
         self.delays = delays
         self.blur = blur
+        self._time = 0
         self._angles: deque[float] = deque(maxlen=max(delays) + 1)
         two = Box(-np.inf, np.inf, (2,), np.float32)
         self.observation_space = Dict(dict.fromkeys(KEYS, two))
@@ -98,7 +100,7 @@ class DistractedCartPole(gymnasium.ObservationWrapper[Any, Any, Any]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Resets as gymnasium does, then puts the cart somewhere on the inner part of the track."""
+        """Resets as gymnasium does; forgets the old angles."""
         self._time = 0
         self._angles.clear()
         return super().reset(seed=seed, options=options)

@@ -13,12 +13,14 @@ made to tell attribution methods apart:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import Tensor, nn
 from torchrl.data import Binary, Categorical, Composite, Unbounded
-from torchrl.envs import Compose, EnvBase, InitTracker, TransformedEnv
+from torchrl.envs import EnvBase, InitTracker, TransformedEnv
 from torchrl.modules import LSTMModule, set_recurrent_mode
 from tqdm import tqdm
 
@@ -44,21 +46,23 @@ class CueMemory(EnvBase):
 
     def __init__(self, episodes: int, *, noise: float = 2.0, seed: int = 0) -> None:
         super().__init__(batch_size=torch.Size([episodes]))
-        n = episodes
         self.noise = noise
+        one = torch.Size([episodes, 1])
         self.observation_spec = Composite(
-            cue=Unbounded((n, 1)), noise=Unbounded((n, 2)), shape=(n,)
+            cue=Unbounded(one),
+            noise=Unbounded(torch.Size([episodes, 2])),
+            shape=self.batch_size,
         )
-        self.action_spec = Categorical(2, shape=(n,))
-        self.reward_spec = Unbounded((n, 1))
+        self.action_spec = Categorical(2, shape=self.batch_size)
+        self.reward_spec = Unbounded(one)
         self.done_spec = Composite(
-            done=Binary(shape=(n, 1), dtype=torch.bool),
-            terminated=Binary(shape=(n, 1), dtype=torch.bool),
-            shape=(n,),
+            done=Binary(shape=one, dtype=torch.bool),
+            terminated=Binary(shape=one, dtype=torch.bool),
+            shape=self.batch_size,
         )
         self._draws = torch.Generator()
         self._time = 0
-        self._answer = torch.zeros(n, dtype=torch.long)
+        self._answer = torch.zeros(episodes, dtype=torch.long)
         self.set_seed(seed)
 
     def _set_seed(self, seed: int | None) -> None:
@@ -112,7 +116,7 @@ def make_memory_policy(hidden: int = 32) -> TensorDictSequential:
             explanations get muddied; with 32 they are clear under all seeds that were tried.
     """
     states = ["memory_h", "memory_c"]
-    return TensorDictSequential(
+    modules: list[Callable[[TensorDictBase], TensorDictBase]] = [
         TensorDictModule(Joined(), in_keys=["cue", "noise"], out_keys=["joined"]),
         LSTMModule(
             input_size=3,
@@ -122,7 +126,8 @@ def make_memory_policy(hidden: int = 32) -> TensorDictSequential:
         ),
         TensorDictModule(nn.Linear(hidden, 2), in_keys=["features"], out_keys=["logits"]),
         TensorDictModule(Argmax(), in_keys=["logits"], out_keys=["action"]),
-    )
+    ]
+    return TensorDictSequential(modules)
 
 
 def make_memory_env(
@@ -135,11 +140,11 @@ def make_memory_env(
         >>> td["cue"].shape
         torch.Size([4, 12, 1])
     """
-    transforms: Compose = Compose(InitTracker())
+    env = TransformedEnv(CueMemory(episodes, seed=seed), InitTracker())
     for module in policy.modules() if policy is not None else ():
         if isinstance(module, LSTMModule):
-            transforms.append(module.make_tensordict_primer())
-    return TransformedEnv(CueMemory(episodes, seed=seed), transforms)
+            env.append_transform(module.make_tensordict_primer())
+    return env
 
 
 def recorded_episodes(episodes: int, *, seed: int = 0) -> TensorDictBase:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
+import torch  # noqa: F401 (for the doctest)
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictSequential
+from tensordict.nn import TensorDictModuleBase, TensorDictSequential
+from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torchrl.modules import (
     ActorCriticWrapper,
@@ -14,7 +17,6 @@ from torchrl.modules import (
     QValueModule,
     ValueOperator,
 )
-from typing_extensions import override
 
 from tdhook_like.targets import Output, Pick, Reference, Target
 
@@ -24,9 +26,9 @@ __all__ = ["ExpectedValue", "torchrl_target"]
 def torchrl_target(model: nn.Module) -> Target | None:
     """The target that is meant for a torchrl model when none is given, or None.
 
-    An actor with a critic beside it is explained by what the critic gives, a sequence that ends in a
-    critic likewise, and a policy of Q-values by the value of the greedy action, also where noise is
-    added to the action afterwards.
+    An actor with a critic beside it is explained by what the critic gives, a sequence that ends in
+    a critic likewise, and a policy of Q-values by the value of the greedy action, also where noise
+    is added to the action afterwards.
 
     Args:
         model: A model; any other than torchrl's gives None.
@@ -38,11 +40,11 @@ def torchrl_target(model: nn.Module) -> Target | None:
     >>> torchrl_target(TensorDictSequential(critic))
     Output('state_value')
     """
-    last = _last(model)
+    critic = _last(model)
     # An ActorCriticOperator is an ActorValueOperator whose get_value_operator() raises.
     paired = isinstance(model, ActorValueOperator | ActorCriticWrapper)
-    if (paired or isinstance(last, ValueOperator)) and len(last.out_keys) == 1:
-        return Output(last.out_keys[0])
+    if isinstance(critic, ValueOperator) or (paired and isinstance(critic, TensorDictModuleBase)):
+        return Output(critic.out_keys[-1])
     for part in reversed(list(model.modules())):
         if isinstance(part, DistributionalQValueModule):
             return ExpectedValue(part)
@@ -53,8 +55,11 @@ def torchrl_target(model: nn.Module) -> Target | None:
 
 def _last(model: nn.Module) -> nn.Module:
     """The module that runs last in a sequence, or in a sequence of sequences."""
-    while isinstance(model, TensorDictSequential) and len(model):
-        model = model[-1]
+    while isinstance(model, TensorDictSequential):
+        parts: list[nn.Module] = list(model.module)
+        if not parts:
+            break
+        model = parts[-1]
     return model
 
 
@@ -70,8 +75,12 @@ class ExpectedValue(Target):
     Args:
         module: The DistributionalQValueModule that chooses the action.
 
-    >>> module = DistributionalQValueModule("one_hot", support=torch.linspace(-1, 1, 3))
-    >>> ExpectedValue(module)
+    >>> from torchrl.modules import DistributionalQValueActor
+    >>> net, support = nn.Linear(3, 4), torch.linspace(-1, 1, 4)
+    >>> policy = DistributionalQValueActor(
+    ...     net, in_keys=["obs"], support=support, action_space="one_hot"
+    ... )
+    >>> torchrl_target(policy)
     ExpectedValue('action_value')
     """
 
@@ -81,14 +90,13 @@ class ExpectedValue(Target):
         return f"ExpectedValue({self.module.action_value_key!r})"
 
     @property
-    @override
-    def reads(self) -> tuple[str, ...]:
+    def reads(self) -> tuple[NestedKey, ...]:
         return (self.module.action_value_key,)
 
     def bind(self, reference: Reference) -> Pick:
         """Holds the greedy action fixed."""
         key = self.module.action_value_key
-        support = self.module.support
+        support = cast(Tensor, self.module.support)
 
         def values(log_probs: Tensor) -> Tensor:
             return (log_probs.exp() * support.to(log_probs).unsqueeze(-1)).sum(-2)

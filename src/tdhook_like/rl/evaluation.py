@@ -21,17 +21,17 @@ def attribution_metrics(
     max_rows: int | None = None,
     n_resamples: int = 200,
 ) -> Callable[[TensorDictBase], dict[str, float]]:
-    """A ``metrics_fn`` for torchrl's Evaluator: each key's share on the evaluation's trajectories.
+    """A ``metrics_fn`` for torchrl's Evaluator: each key's share on its trajectories.
 
-    ``Evaluator(env, policy, metrics_fn=attribution_metrics(InputXGradient(), policy))`` then reports
+    ``Evaluator(env, policy, metrics_fn=attribution_metrics(InputXGradient(), policy))`` then gives
     ``"eval/custom/attr/<key>/share"`` beside the reward. The recorded actions are the ones that are
-    explained; steps that only pad a trajectory do not count; where the trajectories' time dimension is
-    named, intervals are over trajectories instead of steps.
+    explained; steps that only pad a trajectory do not count; where the trajectories' time dimension
+    is named, intervals are over trajectories instead of steps.
 
     Args:
         explains: A method, and the policy beside it; or a hooked module, or the context of one.
-        policy: What is explained, where ``explains`` is a method. Give the evaluator's own policy: an
-            evaluation runs beside the training, which meanwhile changes the other one.
+        policy: What is explained, where ``explains`` is a method. Give the evaluator's own policy:
+            an evaluation runs beside the training, which meanwhile changes the other one.
         prefix: Names are ``"<prefix>/<key>/share"``, with the target's name before the key where
             there are several targets.
         statistics: Which of ``"share"``, ``"relevance"``, ``"absolute"`` and ``"first"`` are given,

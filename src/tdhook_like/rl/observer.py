@@ -1,8 +1,9 @@
-"""What the three parts of this room share: a hooked module that only observes, and its log entries."""
+"""What the parts of this room share: a hooked module that only observes, and its log entries."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
@@ -98,9 +99,9 @@ class LoggedShares:
         self._n_resamples = n_resamples
 
     def of(self, batch: TensorDictBase) -> dict[str, float]:
-        """The shares in a batch [*B], which is left as it is. Steps that are padding do not count."""
+        """The shares in a batch ``[*B]``, which is left as it is; padding does not count."""
         if self._max_rows is not None and batch.batch_dims:
-            batch = batch[: self._max_rows]
+            batch = cast(TensorDictBase, batch[: self._max_rows])
         td = self._observer.observe(batch.copy())
         mask = MASK if td.get(MASK, None) is not None else None
         logged: dict[str, float] = {}

@@ -20,18 +20,18 @@ class AttributionHook(TrainerHookBase):
 
     ``hook.register(trainer)`` puts it at ``post_optim_log``. It is given the batch of every
     optimisation step and observes the model on every ``interval``-th of them, beginning with the
-    first; on the others it returns None. The batch is left as it is, and so are the model, its buffers
-    and the random numbers: training goes on, bit for bit, as it would without the hook.
+    first; on the others it returns None. The batch is left as it is, and so are the model, its
+    buffers and the random numbers: training goes on, bit for bit, as it would without the hook.
 
     Args:
-        explains: A method, and the module beside it; or a hooked module, or the context of one. Give
-            the module that is trained: its weights are read at the time.
+        explains: A method, and the module beside it; or a hooked module, or the context of one.
+            Give the module that is trained: its weights are read at the time.
         module: What is explained, where ``explains`` is a method.
         interval: Optimisation steps from one observation to the next.
         prefix: Names are ``"<prefix>/<key>/share"``, with the target's name before the key where
             there are several targets.
-        statistics: Which of ``"share"``, ``"relevance"``, ``"absolute"`` and ``"first"`` are logged,
-            each with its bootstrap interval as ``_low`` and ``_high``.
+        statistics: Which of ``"share"``, ``"relevance"``, ``"absolute"`` and ``"first"`` are
+            logged, each with its bootstrap interval as ``_low`` and ``_high``.
         max_rows: At most so many rows of the batch are explained.
         n_resamples: Resamples of the bootstrap.
         log_pbar: Whether the trainer's progress bar shows the values.

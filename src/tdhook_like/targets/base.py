@@ -45,6 +45,11 @@ class Reference:
         """The action that is explained: the recorded one, or else the one that the model wrote."""
         if self.recorded is not None and isinstance(self.recorded.get(key, None), Tensor):
             return self.recorded.get(key).detach()
+        if self.outputs.get(key, None) is None:
+            raise TargetError(
+                f"{what!r}: there is no action at {key!r}. The TensorDict has "
+                f"{listed(map(shortest, self.outputs.keys(True, True)))}."
+            )
         return self.values(key, what).detach()
 
     def values(self, key: NestedKey, what: object) -> Tensor:

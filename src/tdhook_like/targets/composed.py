@@ -12,7 +12,6 @@ from tensordict import TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictModule
 from tensordict.utils import NestedKey
 from torch import Tensor
-from typing_extensions import override
 
 from tdhook_like.errors import TargetError
 from tdhook_like.keys import as_tuple
@@ -43,30 +42,26 @@ class Contrast(Target):
     that: Target
 
     @property
-    @override
     def reads_keys(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.this.reads_keys and self.that.reads_keys
 
-    @override
     def bind(self, reference: Reference) -> Pick:
         this, that = self.this.bind(reference), self.that.bind(reference)
 
         def pick(outputs: TensorDictBase, dims: int) -> Tensor:
-            one, other = _aligned(this(outputs, dims), that(outputs, dims), dims)
-            if one.shape != other.shape and one.shape[:dims] == other.shape[:dims]:
-                try:
-                    torch.broadcast_shapes(one.shape[dims:], other.shape[dims:])
-                except RuntimeError:
-                    raise TargetError(
-                        f"{self!r} contrasts {tuple(one.shape)} with {tuple(other.shape)}: the two "
-                        "must be of one shape, or one of them one number per batch element."
-                    ) from None
+            one, other = this(outputs, dims), that(outputs, dims)
+            if one.ndim != other.ndim:  # a last dimension of one is a number all the same
+                one, other = (t.squeeze(-1) if t.ndim == dims + 1 else t for t in (one, other))
+            if one.shape != other.shape:
+                raise TargetError(
+                    f"{self!r} contrasts {tuple(one.shape)} with {tuple(other.shape)}: both sides "
+                    "must have one shape."
+                )
             return one - other
 
         return pick
 
     @property
-    @override
     def reads(self) -> tuple[NestedKey, ...]:
         return self.this.reads + self.that.reads
 
@@ -90,16 +85,13 @@ class Each(Target):
         object.__setattr__(self, "of", as_target(of))
 
     @property
-    @override
     def reads_keys(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.of.reads_keys
 
-    @override
     def bind(self, reference: Reference) -> Pick:
         return self.of.bind(reference)
 
     @property
-    @override
     def reads(self) -> tuple[NestedKey, ...]:
         return self.of.reads
 
@@ -123,7 +115,6 @@ class Function(Target):
     def __repr__(self) -> str:
         return f"Function({getattr(self.function, '__name__', self.function)})"
 
-    @override
     def bind(self, reference: Reference) -> Pick:
         # What was drawn is held at what is explained, as Taken and LogProb hold it.
         drawn = {key: reference.action(key, self) for key in _drawn(reference)}
@@ -155,11 +146,9 @@ class Entry(Target):
     index: tuple[Index, ...]
 
     @property
-    @override
     def reads_keys(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.of.reads_keys
 
-    @override
     def bind(self, reference: Reference) -> Pick:
         inner, index = self.of.bind(reference), self.index
         here = inner(reference.outputs, reference.dims)
@@ -167,16 +156,8 @@ class Entry(Target):
         return lambda outputs, dims: inner(outputs, dims)[(*[slice(None)] * dims, *index)]
 
     @property
-    @override
     def reads(self) -> tuple[NestedKey, ...]:
         return self.of.reads
-
-
-def _aligned(one: Tensor, other: Tensor, dims: int) -> tuple[Tensor, Tensor]:
-    """Both with as many feature dimensions: a number per element stands for each feature."""
-    most = max(one.ndim, other.ndim) - dims
-    pair = [t.reshape(*t.shape, *[1] * (most - (t.ndim - dims))) for t in (one, other)]
-    return pair[0], pair[1]
 
 
 def _drawn(reference: Reference) -> list[NestedKey]:

@@ -9,7 +9,6 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
-from typing_extensions import override
 
 from tdhook_like.errors import TargetError
 from tdhook_like.keys import as_tuple, shortest
@@ -44,11 +43,9 @@ class Output(Target):
         return f"Output({', '.join(parts)})"
 
     @property
-    @override
     def reads(self) -> tuple[NestedKey, ...]:
         return (self.key,)
 
-    @override
     def bind(self, reference: Reference) -> Pick:
         values = reference.values(self.key, self)
         check_index(self, self.index, tuple(values.shape[reference.dims :]))
@@ -60,7 +57,6 @@ class Output(Target):
 
         return pick
 
-    @override
     def bind_column(self, reference: Reference) -> Pick:
         pick = self.bind(reference)
         values = reference.values(self.key, self)
@@ -92,11 +88,9 @@ class Chosen(Target):
         """Indices into the last dimension of ``values``, shape ``values.shape[:-1]``."""
 
     @property
-    @override
     def reads(self) -> tuple[NestedKey, ...]:
         return (self.key,)
 
-    @override
     def bind(self, reference: Reference) -> Pick:
         return self._bound(reference, rest=False)
 
@@ -109,7 +103,9 @@ class Chosen(Target):
         if values.ndim <= reference.dims:
             raise TargetError(f"{self!r}: {self.key!r} has no entries to choose from.")
         if rest and values.shape[-1] < 2:
-            raise TargetError(f"{self!r}: {self.key!r} holds one entry, so there is no rest.")
+            raise TargetError(
+                f"{self!r}: {self.key!r} holds one entry, so against_rest() has no rest."
+            )
         chosen = self.choose(values.detach(), reference)
         key = self.key
 
@@ -140,11 +136,16 @@ class Taken(Chosen):
     key: NestedKey = "logits"
     action: NestedKey = "action"
 
-    @override
     def choose(self, values: Tensor, reference: Reference) -> Tensor:
         action = reference.action(self.action, self)
         if action.shape == values.shape and (values.shape[-1] > 1 or action.dtype == torch.bool):
-            return action.to(torch.uint8).argmax(-1)
+            chosen = action != 0
+            if not (chosen.sum(-1) == 1).all():
+                raise TargetError(
+                    f"{self!r}: {self.action!r} has the shape of {self.key!r}, {tuple(action.shape)}, "
+                    "but is not one-hot. Name the right keys, or use LogProb()."
+                )
+            return chosen.to(torch.uint8).argmax(-1)
         if action.shape == (*values.shape[:-1], 1):
             action = action.squeeze(-1)
         if action.shape != values.shape[:-1] or action.is_floating_point():
@@ -152,6 +153,11 @@ class Taken(Chosen):
                 f"{self!r}: {self.action!r} of shape {tuple(action.shape)} and {action.dtype} is "
                 f"neither an index into nor a one-hot of {self.key!r} of shape "
                 f"{tuple(values.shape)}. Name the right keys, or use LogProb()."
+            )
+        if action.numel() and not 0 <= int(action.min()) <= int(action.max()) < values.shape[-1]:
+            raise TargetError(
+                f"{self!r}: {self.action!r} holds indices from {int(action.min())} to "
+                f"{int(action.max())}, but {self.key!r} has {values.shape[-1]} entries."
             )
         return action.long()
 
@@ -169,7 +175,6 @@ class Greedy(Chosen):
 
     key: NestedKey = "logits"
 
-    @override
     def choose(self, values: Tensor, reference: Reference) -> Tensor:
         return values.argmax(-1)
 
@@ -180,7 +185,6 @@ class Rest(Target):
 
     of: Output | Chosen
 
-    @override
     def bind(self, reference: Reference) -> Pick:
         if isinstance(self.of, Chosen):
             return self.of._bound(reference, rest=True)
@@ -190,7 +194,9 @@ class Rest(Target):
         whole, entry = Output(self.of.key, *before, slice(None)), self.of
         pick_whole, pick_entry = whole.bind(reference), entry.bind(reference)
         if pick_whole(reference.outputs, reference.dims).shape[-1] < 2:
-            raise TargetError(f"{entry!r}: {entry.key!r} holds one entry, so there is no rest.")
+            raise TargetError(
+                f"{entry!r}: {entry.key!r} holds one entry, so against_rest() has no rest."
+            )
 
         def pick(outputs: TensorDictBase, dims: int) -> Tensor:
             values = pick_whole(outputs, dims)
@@ -199,6 +205,5 @@ class Rest(Target):
         return pick
 
     @property
-    @override
     def reads(self) -> tuple[NestedKey, ...]:
         return self.of.reads

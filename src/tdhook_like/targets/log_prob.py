@@ -9,7 +9,6 @@ from tensordict import TensorDictBase
 from tensordict.nn import CompositeDistribution, ProbabilisticTensorDictModule
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
-from typing_extensions import override
 
 from tdhook_like.errors import TargetError, listed
 from tdhook_like.keys import as_tuple, shortest
@@ -37,7 +36,6 @@ class LogProb(Target):
 
     reads_keys: ClassVar[bool] = False
 
-    @override
     def bind(self, reference: Reference) -> Pick:
         sampler = _sampler(reference.model, self.action)
         keys = [sampler.out_keys[0]] if self.action is None else [self.action]

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
-from typing_extensions import override
 
 from tdhook_like.errors import RuleError
+from tdhook_like.hooks.structure import leaves, mapped
 from tdhook_like.hooks.surrogate import attach, nonzero
 
 __all__ = ["Inputs", "RemovableRuleHandle", "Rule", "RuleMapper", "registered"]
@@ -29,7 +28,6 @@ class Inputs(tuple[Any, ...]):
 
     kwargs: dict[str, Any]
 
-    @override
     def __new__(cls, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Inputs:
         made = super().__new__(cls, args)
         made.kwargs = kwargs or {}
@@ -38,8 +36,7 @@ class Inputs(tuple[Any, ...]):
     @property
     def tensors(self) -> list[Tensor]:
         """The floating-point tensors among all arguments, in order."""
-        flat, _ = tree_flatten((tuple(self), self.kwargs))
-        return [item for item in flat if isinstance(item, Tensor) and item.is_floating_point()]
+        return [item for item in leaves((tuple(self), self.kwargs)) if is_float(item)]
 
     @property
     def attributed(self) -> list[Tensor]:
@@ -107,20 +104,19 @@ class Rule:
         if isinstance(output, Tensor) and isinstance(surrogate, Tensor):
             self._check_shape(module, output, surrogate)
             return attach(output, surrogate, fresh=self.fresh)
-        outputs, spec = tree_flatten(output)
-        surrogates, _ = tree_flatten(surrogate)
-        if len(outputs) != len(surrogates):
+        try:
+            return mapped(lambda y, held: self._attached(module, y, held), output, surrogate)
+        except (KeyError, TypeError, ValueError):
             raise RuleError(
-                f"{self!r} on {type(module).__name__} gave {len(surrogates)} surrogates for "
-                f"{len(outputs)} outputs: give one for each, in the output's structure."
-            )
-        attached = []
-        for value, held in zip(outputs, surrogates, strict=True):
-            if isinstance(value, Tensor) and value.is_floating_point() and isinstance(held, Tensor):
-                self._check_shape(module, value, held)
-                value = attach(value, held)
-            attached.append(value)
-        return tree_unflatten(attached, spec)
+                f"{self!r} on {type(module).__name__} gave surrogates of another structure than the "
+                "output: give one tensor for each tensor of it."
+            ) from None
+
+    def _attached(self, module: nn.Module, output: Any, surrogate: Any) -> Any:
+        if not is_float(output) or not is_float(surrogate):
+            return output
+        self._check_shape(module, output, surrogate)
+        return attach(output, surrogate)
 
     def _check_shape(self, module: nn.Module, output: Tensor, surrogate: Tensor) -> None:
         if surrogate.shape != output.shape:
@@ -220,17 +216,21 @@ def registered(module: nn.Module) -> Rule | None:
     return handles[-1].rule if handles else None
 
 
+def is_float(value: Any) -> bool:
+    """Whether a value is a floating-point tensor, which relevance can flow through."""
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
 def _through_relevance(rule: Rule, module: nn.Module, inputs: Inputs, output: Any) -> Any:
     """The output behind a node that turns gradients into relevance, asks the rule, and back."""
-    outputs, spec = tree_flatten(output)
-    places = [i for i, v in enumerate(outputs) if isinstance(v, Tensor) and v.is_floating_point()]
-    values = [outputs[i].detach() for i in places]
+    values = [value.detach() for value in leaves(output) if is_float(value)]
     tensors = inputs.tensors
-    flat, inputs_spec = tree_flatten((tuple(inputs), inputs.kwargs))
+    plain = Inputs(mapped(_detached, tuple(inputs)), mapped(_detached, inputs.kwargs))
+    given = mapped(_detached, output)
 
     class Border(torch.autograd.Function):
         @staticmethod
-        def forward(*given: Tensor) -> tuple[Tensor, ...]:
+        def forward(*args: Tensor) -> tuple[Tensor, ...]:
             return tuple(value.clone() for value in values)
 
         @staticmethod
@@ -239,15 +239,10 @@ def _through_relevance(rule: Rule, module: nn.Module, inputs: Inputs, output: An
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-            relevance = [g * nonzero(value) for g, value in zip(grads, values, strict=True)]
-            plain = [item.detach() if isinstance(item, Tensor) else item for item in flat]
-            args, kwargs = tree_unflatten(plain, inputs_spec)
-            asked = relevance[0] if isinstance(output, Tensor) else tuple(relevance)
-            detached = [item.detach() if isinstance(item, Tensor) else item for item in outputs]
-            given = rule.relevance(
-                module, Inputs(args, kwargs), tree_unflatten(detached, spec), asked
-            )
-            shares = (given,) if isinstance(given, Tensor) else tuple(given)
+            arriving = [g * nonzero(value) for g, value in zip(grads, values, strict=True)]
+            asked = arriving[0] if isinstance(output, Tensor) else tuple(arriving)
+            found = rule.relevance(module, plain, given, asked)
+            shares = (found,) if isinstance(found, Tensor) else tuple(found)
             if [s.shape for s in shares] != [x.shape for x in tensors]:
                 raise RuleError(
                     f"{rule!r} on {type(module).__name__}: relevance() gave shapes "
@@ -256,6 +251,9 @@ def _through_relevance(rule: Rule, module: nn.Module, inputs: Inputs, output: An
                 )
             return tuple(s / nonzero(x) for s, x in zip(shares, tensors, strict=True))
 
-    for place, value in zip(places, Border.apply(*tensors), strict=True):  # pyright: ignore
-        outputs[place] = value
-    return tree_unflatten(outputs, spec)
+    found = iter(Border.apply(*tensors))  # pyright: ignore[reportArgumentType]
+    return mapped(lambda value: next(found) if is_float(value) else value, output)
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value

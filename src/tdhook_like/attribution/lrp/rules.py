@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
-from typing_extensions import override
 
 from tdhook_like.attribution.lrp.rule import Inputs, Rule
 from tdhook_like.errors import RuleError
+from tdhook_like.hooks.structure import mapped
 from tdhook_like.hooks.surrogate import nonzero, stabilised, tiny, unit
 
 __all__ = [
@@ -66,11 +65,10 @@ class EpsilonRule(Rule):
     def __init__(self, epsilon: float = 1e-6) -> None:
         self.epsilon = positive("epsilon", epsilon, type(self).__name__)
 
-    @override
     def surrogate(self, module: nn.Module, inputs: Inputs, output: Any) -> Any:
         if isinstance(output, Tensor):
             return output * self._factor(output)
-        return tree_map(
+        return mapped(
             lambda y: y * self._factor(y) if isinstance(y, Tensor) and y.is_floating_point() else y,
             output,
         )
@@ -93,10 +91,9 @@ class UniformEpsilonRule(EpsilonRule):
     UniformEpsilonRule(epsilon=1e-06)
     """
 
-    @override
     def surrogate(self, module: nn.Module, inputs: Inputs, output: Any) -> Any:
         n = max(len(inputs.attributed), 1)
-        return tree_map(
+        return mapped(
             lambda y: y / n if isinstance(y, Tensor) and y.is_floating_point() else y,
             super().surrogate(module, inputs, output),
         )
@@ -134,7 +131,6 @@ class PassRule(Rule):
 
     fresh = True
 
-    @override
     def surrogate(self, module: nn.Module, inputs: Inputs, output: Any) -> Any:
         tensors = inputs.attributed or inputs.tensors
         outputs = [output] if isinstance(output, Tensor) else output
@@ -165,7 +161,6 @@ class IgnoreRule(Rule):
     IgnoreRule()
     """
 
-    @override
     def surrogate(self, module: nn.Module, inputs: Inputs, output: Any) -> Any:
         return None
 
@@ -177,9 +172,8 @@ class StopRule(Rule):
     StopRule()
     """
 
-    @override
     def surrogate(self, module: nn.Module, inputs: Inputs, output: Any) -> Any:
-        return tree_map(lambda y: y.detach() if isinstance(y, Tensor) else y, output)
+        return mapped(lambda y: y.detach() if isinstance(y, Tensor) else y, output)
 
 
 class UniformRule(Rule):
@@ -199,7 +193,6 @@ class UniformRule(Rule):
 
     feeds_zeros = True
 
-    @override
     def surrogate(self, module: nn.Module, inputs: Inputs, output: Any) -> Any:
         operands = inputs.attributed
         if not isinstance(output, Tensor) or not operands:
@@ -233,13 +226,11 @@ class LayerNormRule(Rule):
     LayerNormRule()
     """
 
-    @override
     def check(self, module: nn.Module) -> str | None:
         if isinstance(getattr(module, "normalized_shape", None), tuple | list):
             return None
         return "it has no normalized_shape, as nn.LayerNorm and nn.RMSNorm have. Use EpsilonRule."
 
-    @override
     def surrogate(self, module: nn.Module, inputs: Inputs, output: Any) -> Any:
         x = inputs.tensors[0]
         shape: Any = module.normalized_shape
@@ -274,7 +265,6 @@ class PseudoIdentityRule(Rule):
     def __init__(self, stabilizer: float = 1e-6) -> None:
         self.stabilizer = positive("stabilizer", stabilizer, type(self).__name__)
 
-    @override
     def surrogate(self, module: nn.Module, inputs: Inputs, output: Any) -> Any:
         x = single_input(self, module, inputs)
         if not isinstance(output, Tensor) or x.shape != output.shape:
@@ -298,7 +288,6 @@ class AHQKVRule(Rule):
     AHQKVRule()
     """
 
-    @override
     def surrogate(self, module: nn.Module, inputs: Inputs, output: Any) -> Any:
         if not isinstance(output, Tensor) or output.shape[-1] % 3:
             raise RuleError(

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from typing_extensions import override
 
 from tdhook_like.attribution.lrp.modifiers import (
     ParamModifier,
@@ -65,7 +64,7 @@ class _WeightRule(Rule):
             )
         own = any(value is not None for value in module._parameters.values())
         if not own and not isinstance(getattr(module, "weight", None), Tensor):
-            return "it reads a layer with other weights, and this has none. Use EpsilonRule."
+            return "it reads a layer with other weights, and this has none. Use PassRule or EpsilonRule."
         return None
 
     def surrogate(self, module: nn.Module, inputs: Inputs, output: Any) -> Any:
@@ -114,7 +113,6 @@ class ModifiedRule(_WeightRule):
             raise RuleError(f"ModifiedRule needs a ParamModifier, got {modifier!r}.")
         self.modifier = modifier
 
-    @override
     def surrogate(self, module: nn.Module, inputs: Inputs, output: Any) -> Any:
         single_input(self, module, inputs)
         if self.check(module) or not isinstance(output, Tensor):
@@ -155,7 +153,6 @@ class AlphaBetaRule(_WeightRule):
             )
         self.alpha, self.beta = float(alpha), float(beta)
 
-    @override
     def share(self, run: Callable[..., Tensor], x: Tensor, y: Tensor) -> Tensor:
         above = known_nonnegative(x)
         up, down = (x, None) if above else (x.clamp(min=0), x.clamp(max=0))
@@ -217,7 +214,6 @@ class GammaRule(_WeightRule):
             )
         self.gamma = float(gamma)
 
-    @override
     def share(self, run: Callable[..., Tensor], x: Tensor, y: Tensor) -> Tensor:
         def more(part: Change) -> Change:
             return lambda w: w + self.gamma * part(w)
@@ -268,7 +264,6 @@ class ZBoxRule(_WeightRule):
             raise RuleError(f"ZBoxRule: low must not be above high, got {low!r} and {high!r}.")
         self.low, self.high = low, high
 
-    @override
     def share(self, run: Callable[..., Tensor], x: Tensor, y: Tensor) -> Tensor:
         ones = unit(x)
         try:
@@ -301,7 +296,6 @@ class WSquareRule(_WeightRule):
 
     feeds_zeros = True
 
-    @override
     def share(self, run: Callable[..., Tensor], x: Tensor, y: Tensor) -> Tensor:
         return self.scaled(run(unit(x), torch.square, None), y)
 
@@ -320,7 +314,6 @@ class FlatRule(WSquareRule):
     FlatRule(stabilizer=1e-06)
     """
 
-    @override
     def share(self, run: Callable[..., Tensor], x: Tensor, y: Tensor) -> Tensor:
         return self.scaled(run(unit(x), torch.ones_like, None), y)
 
