@@ -44,7 +44,7 @@ def leaves_of(family: Family, td: TensorDictBase, share: float = 1.0) -> dict[Ne
 def gradient(
     family: Family, model: Any, td: TensorDictBase, held: TensorDictBase | None, share: float = 1.0
 ) -> dict[NestedKey, Tensor]:
-    """The gradient of the family's score by plain autograd; what is held fixed comes from ``held``."""
+    """The gradient of the family's score by plain autograd; drawn keys are those of ``held``."""
     leaves, td = leaves_of(family, td, share), td.copy()
     for key, leaf in leaves.items():
         td.set(key, leaf)

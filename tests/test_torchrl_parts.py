@@ -76,10 +76,8 @@ def test_several_environments_side_by_side_are_played_as_without_the_wrapper():
 
 def collect(policy: Any, **options: Any) -> list[TensorDictBase]:
     torch.manual_seed(7)
-    collector = Collector(
-        make_env, policy, frames_per_batch=8, total_frames=24, auto_register_policy_transforms=False,
-        **options,
-    )  # fmt: skip
+    options = {"frames_per_batch": 8, "total_frames": 24, **options}
+    collector = Collector(make_env, policy, auto_register_policy_transforms=False, **options)
     collector.set_seed(0)
     batches = [batch.clone() for batch in collector]
     collector.shutdown()

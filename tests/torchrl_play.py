@@ -49,8 +49,8 @@ def make_critic(seed: int = 1) -> Any:
 
 def make_env(seed: int = 0, max_steps: int = 5) -> TransformedEnv:
     """The pendulum, its angle and speed as [1] each, in episodes of a few steps."""
-    env = TransformedEnv(PendulumEnv(seed=seed), UnsqueezeTransform(-1, in_keys=list(KEYS)))
-    return env.append_transform(StepCounter(max_steps))
+    shapes = UnsqueezeTransform(-1, in_keys=list(KEYS), in_keys_inv=list(KEYS))
+    return TransformedEnv(PendulumEnv(seed=seed), shapes).append_transform(StepCounter(max_steps))
 
 
 def assert_bit_equal(found: TensorDictBase, expected: TensorDictBase) -> None:

@@ -60,6 +60,7 @@ class Call:
         self._method = context.method
         self._inputs = attributed(context, td)
         self._reached: set[str] = set()
+        self._own: TensorDictBase | None = None
 
     def drive(self, destination: TensorDictBase) -> TensorDictBase:
         """The plain call, and its explanation; outputs and attributions go to ``destination``."""
@@ -76,13 +77,16 @@ class Call:
                     evaluation, targets = self._evaluate(run, _same)
                     outputs = evaluation.outputs
                     found = self._combined(method, evaluation, targets)
+                own = self._own
             else:
-                outputs = self._attempt(runner.plain, private_copy(self._td))
+                private = private_copy(self._td)
+                outputs = self._returned(private, self._attempt(runner.plain, private))
+                own = self._own
                 with _gradients(inference):
                     undo.note()
                     found = self._explained(outputs)
                     undo.rng()
-            result = write_outputs(self._context, self._td, outputs, destination, self._undeclared)
+            result = write_outputs(self._context, self._td, outputs, destination, own)
             write_attribution(self._context, result, found)
         except BaseException:
             undo.all()
@@ -152,7 +156,7 @@ class Call:
         reference = None
         if plain is not None:
             reference = private_copy(plain)
-            if plain is not self._td:  # the model may return a TensorDict of its own making
+            if self._own is not None:
                 for key, value in self._td.items():
                     if key not in reference.keys():  # noqa: SIM118 (a TensorDict is not a dict)
                         reference.set(key, value)
@@ -202,7 +206,7 @@ class Call:
             private = private_copy(td, others)
             for key, leaf in leaves.items():
                 private.set(key, leaf)
-            return run(private)
+            return self._returned(private, run(private))
 
         return run_at
 
@@ -261,6 +265,16 @@ class Call:
                         "the forward skips it, or uses its weights directly."
                     )
         return Written(tuple(self._inputs), attribution, targets.slices, dims, captured)
+
+    def _returned(self, given: TensorDictBase, outputs: TensorDictBase) -> TensorDictBase:
+        """Outputs over what was given, where the model returns a TensorDict of its own making."""
+        self._own = None if outputs is given else outputs
+        if outputs is given or outputs.batch_dims >= given.batch_dims:
+            return outputs
+        merged = given.copy()
+        for key, value in outputs.items():
+            merged.set(key, value)
+        return merged
 
     def _leaf(self, x: Tensor) -> Tensor:
         if self._method.create_graph and x.requires_grad:

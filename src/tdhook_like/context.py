@@ -84,7 +84,8 @@ class HookContext:
         self.plan = RulePlan(self.tree, method.rules) if method.rules is not None else None
         self.runner = Runner(self.module, self.model)
         self.reads_keys = all(target.reads_keys for target in self.targets.values())
-        self.layouts: dict[str, str] = {}
+        #: How further evaluations are stacked, by the number of batch dimensions.
+        self.layouts: dict[int, str] = {}
         #: Whether a differentiable run repeats the plain call bit for bit, by what was tried out.
         self.one_run: dict[Any, bool] = {}
         self._open: HookedModule | None = None
@@ -127,8 +128,8 @@ class HookContext:
             lines.append(f"  target       {f'{name} = ' if name else ''}{target!r}")
         lines.append(f"  keys         {listed(keys)}")
         lines.append(f"  written at   {listed(self.written())}")
-        if "layout" in self.layouts:
-            lines.append(f"  stacking     {self.layouts['layout']}")
+        for dims, layout in self.layouts.items():
+            lines.append(f"  stacking     {layout} ({dims} batch dimensions)")
         if self.plan is not None:
             lines += ["  rules", *("    " + row for row in str(self.plan).splitlines())]
         return "\n".join(lines)
@@ -194,6 +195,7 @@ class HookedModule(TensorDictModuleBase):
     nothing of the model: it writes attributions alone. Calls with tensors instead of a TensorDict
     work as on the model and give the attributions behind the outputs.
 
+    >>> import torch
     >>> from tdhook_like import Saliency
     >>> with Saliency("y").prepare(nn.Linear(2, 1), in_keys=["x"], out_keys=["y"]) as hooked:
     ...     y, relevance = hooked(torch.ones(4, 2))

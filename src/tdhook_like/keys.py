@@ -91,6 +91,7 @@ def place(td: TensorDictBase, root: tuple[str, ...], key: NestedKey, value: Tens
         key: The key that the value speaks of.
         value: Shape ``td[key].shape``, or with one more dimension behind the batch dimensions.
 
+    >>> import torch
     >>> td = TensorDict({"agents": TensorDict({"obs": torch.ones(4, 2, 3)}, [4, 2])}, [4])
     >>> place(td, ("attr",), ("agents", "obs"), torch.zeros(4, 2, 3))
     >>> td["attr", "agents"].batch_size

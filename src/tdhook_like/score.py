@@ -132,7 +132,8 @@ class Score:
         keys: The attributed keys.
         inputs: Their values, ``[*B, *features]`` each.
         targets: Scores of outputs.
-        layouts: Where the verified layout's name is kept between calls.
+        layouts: Where verified layouts' names are kept between calls, by the number of batch
+            dimensions.
         rows: The most rows of one stacked evaluation; chosen by the inputs' size if None.
         overwrites: Whether the model writes into its inputs, so that it has to be given copies.
     """
@@ -145,7 +146,7 @@ class Score:
         keys: Sequence[NestedKey],
         inputs: tuple[Tensor, ...],
         targets: TargetColumns,
-        layouts: dict[str, str],
+        layouts: dict[int, str],
         rows: int | None = None,
         overwrites: bool = False,
     ) -> None:
@@ -208,11 +209,11 @@ class Score:
             return self._targets(outputs, len(self.batch) + 1)
 
     def _layout(self) -> Layout:
-        name = self._layouts.get("layout")
+        name = self._layouts.get(len(self.batch))
         if name is None:
             with torch.no_grad():
                 name = verified(self._evaluate, self.inputs)
-            self._layouts["layout"] = name
+            self._layouts[len(self.batch)] = name
         return LAYOUTS[name]
 
 

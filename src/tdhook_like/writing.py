@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -52,7 +53,7 @@ def write_outputs(
     before: TensorDictBase,
     outputs: TensorDictBase | View,
     destination: TensorDictBase,
-    undeclared: bool,
+    own: TensorDictBase | None,
 ) -> TensorDictBase:
     """What the plain call would have written, without graphs; gives what it would have returned.
 
@@ -61,7 +62,7 @@ def write_outputs(
         before: The TensorDict that the call was made on.
         outputs: What the model returned for a private copy of it.
         destination: Where to write.
-        undeclared: Whether ``outputs`` got batch dimensions that ``before`` does not declare.
+        own: The TensorDict that the model returned, where it is one of its own making.
     """
     if isinstance(outputs, View):
         for key, value in outputs.written.items():
@@ -70,14 +71,10 @@ def write_outputs(
             else:
                 _set(destination, outputs.td, key, _plain(value))
         return destination
-    if context.runner.writes_out_keys:
-        for key in context.out_keys:
-            _set(destination, outputs, key, _plain(outputs.get(key)))
-        return destination
-    if outputs.batch_size != destination.batch_size and not undeclared:
-        for key, value in list(outputs.items(True, True)):
-            outputs.set(key, _plain(value))
-        return outputs  # the model returns a TensorDict of its own making
+    if own is not None:
+        for key, value in list(own.items(True, True)):
+            own.set(key, _plain(value))
+        return own
     lazy = isinstance(outputs, LazyStackedTensorDict)  # it makes its tensors anew at each look
     declared = {as_tuple(key) for key in context.out_keys}
     read = {as_tuple(key) for key in context.in_keys}
@@ -160,8 +157,16 @@ def _warn_of_gap(context: HookContext, gap: Tensor, scale: Tensor) -> None:
             "n_steps, or a baseline at which the model is smooth; the gaps are at "
             f"{context.method.gap_root!r}.",
             CompletenessWarning,
-            stacklevel=6,
+            stacklevel=_depth_of_caller(),
         )
+
+
+def _depth_of_caller() -> int:
+    """How many frames above a warning the first one lies that is not the library's."""
+    frame, depth = sys._getframe(1), 1
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("tdhook_like."):
+        frame, depth = frame.f_back, depth + 1
+    return depth
 
 
 def _plain(value: Any) -> Any:

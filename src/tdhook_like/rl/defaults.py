@@ -13,14 +13,21 @@ from torch import Tensor, nn
 from torchrl.modules import (
     ActorCriticWrapper,
     ActorValueOperator,
+    AdditiveGaussianModule,
     DistributionalQValueModule,
+    EGreedyModule,
+    OrnsteinUhlenbeckProcessModule,
     QValueModule,
     ValueOperator,
 )
 
+from tdhook_like.errors import TargetError, listed
 from tdhook_like.targets import Output, Pick, Reference, Target
 
 __all__ = ["ExpectedValue", "torchrl_target"]
+
+NOISE = (EGreedyModule, AdditiveGaussianModule, OrnsteinUhlenbeckProcessModule)
+"""What changes an action after a policy has chosen it."""
 
 
 def torchrl_target(model: nn.Module) -> Target | None:
@@ -32,6 +39,10 @@ def torchrl_target(model: nn.Module) -> Target | None:
 
     Args:
         model: A model; any other than torchrl's gives None.
+
+    Raises:
+        TargetError: If noise is added to the action of any other policy: what is noisy is no
+            target, and what was there before it has been overwritten.
 
     >>> from torchrl.modules import QValueActor
     >>> torchrl_target(QValueActor(nn.Linear(3, 2), in_keys=["obs"], action_space="one_hot"))
@@ -50,6 +61,12 @@ def torchrl_target(model: nn.Module) -> Target | None:
             return ExpectedValue(part)
         if isinstance(part, QValueModule):
             return Output(part.out_keys[-1])
+    if isinstance(critic, NOISE):
+        raise TargetError(
+            f"{type(critic).__name__} changes {critic.out_keys[0]!r} after the policy has written it. "
+            "Explain the policy in front of the noise, TensorDictSequential(hooked_policy, noise), or "
+            f"name a target: the model writes {listed(getattr(model, 'out_keys', ()))}."
+        )
     return None
 
 

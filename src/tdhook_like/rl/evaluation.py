@@ -24,7 +24,7 @@ def attribution_metrics(
     """A ``metrics_fn`` for torchrl's Evaluator: each key's share on its trajectories.
 
     ``Evaluator(env, policy, metrics_fn=attribution_metrics(InputXGradient(), policy))`` then gives
-    ``"eval/custom/attr/<key>/share"`` beside the reward. The recorded actions are the ones that are
+    ``"eval/attr/<key>/share"`` beside the reward. The recorded actions are the ones that are
     explained; steps that only pad a trajectory do not count; where the trajectories' time dimension
     is named, intervals are over trajectories instead of steps.
 

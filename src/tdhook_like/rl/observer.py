@@ -102,7 +102,8 @@ class LoggedShares:
         """The shares in a batch ``[*B]``, which is left as it is; padding does not count."""
         if self._max_rows is not None and batch.batch_dims:
             batch = cast(TensorDictBase, batch[: self._max_rows])
-        td = self._observer.observe(batch.copy())
+        # What the policy wrote as it acted is another explanation; none of its keys may count here.
+        td = self._observer.observe(batch.exclude(self._observer.context.method.root))
         mask = MASK if td.get(MASK, None) is not None else None
         logged: dict[str, float] = {}
         for name, index in self._targets(td):

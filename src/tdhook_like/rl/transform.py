@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from tensordict import TensorDictBase
 from torch import nn
+from torchrl.data import Composite
 from torchrl.envs import Transform
+from typing_extensions import override
 
 from tdhook_like.errors import ContextError
 from tdhook_like.rl.observer import Explains, Observer
@@ -65,7 +67,9 @@ class AttributionTransform(Transform):
         """
         return self._observer.observe(tensordict)
 
-    def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
+    @override
+    def transform_output_spec(self, output_spec: Composite) -> Composite:
+        """Refuses an environment; only there is a transform asked for specs."""
         raise ContextError(
             "AttributionTransform belongs into a replay buffer. In an environment let the hooked "
             "policy act, env.rollout(n, policy=hooked): it explains itself at every step."
