@@ -6,6 +6,7 @@ be afterwards as they were before.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -81,10 +82,11 @@ class Net(nn.Module):
         self.mission = nn.Embedding(5, 2)
         self.head = nn.Linear(10, 3)
         self.value = nn.Linear(10, 1)
+        self.scale, self.idle = nn.Linear(1, 1), nn.Identity()
 
     def forward(self, observation, speed, mission):
         x = torch.cat([self.encoder(observation), speed, self.mission(mission)], -1)
-        return self.head(x), self.value(x)
+        return self.head(x), self.value(x) * self.scale(x.new_ones(1))
 
 
 @dataclass
@@ -144,6 +146,11 @@ def heads() -> Any:
     )
 
 
+class Quotient(nn.Module):
+    def forward(self, x):
+        return torch.cat([x / x, x[:, :2]], -1)
+
+
 class Line(nn.Linear):
     def __init__(self) -> None:
         super().__init__(4, 1)
@@ -159,9 +166,13 @@ class Overwrites(nn.Module):
         return x.add_(1)
 
 
-class Random(nn.Module):
+class Fickle(nn.Module):
+    """Gives something else each time, and no seed can help it."""
+
+    calls = itertools.count(1)
+
     def forward(self, x):
-        return x * torch.rand_like(x)
+        return x * next(self.calls)
 
 
 class Rows:
@@ -214,12 +225,8 @@ def rule(made: Callable[[], Rule], path: str = "module.head") -> Callable[[World
 
     def do(w: World) -> object:
         given = made()
-        return w.explain(
-            LRP(
-                lambda name, module: given if name == path else None,
-                {"a": ("logits", 0), "b": VALUE},
-            )
-        )
+        both = {"a": ("logits", 0), "b": VALUE}
+        return w.explain(LRP(lambda name, module: given if name == path else None, both))
 
     return do
 
@@ -299,6 +306,8 @@ KEYS = [
         KeyNotFoundError, ("'logits'", "activations_root=")),
     Wrong("a root that holds an in_key", method(lambda: value_of(at_root="agents")),
         KeyNotFoundError, ("'agents'", "at_root=")),
+    Wrong("a root that is the caller's own tensor", method(value_of), KeyNotFoundError,
+        ("'attr'", "root="), put("attr", lambda: torch.ones(5))),
     Wrong("two equal roots", method(lambda: value_of(root="x", at_root="x")), TargetError,
         ("'x'", "different")),
     Wrong("a root that is no string", method(lambda: value_of(root=("a", "b"))), TargetError,
@@ -324,6 +333,12 @@ PATHS = [
         ("Linear", "path")),
     Wrong("an unknown path for activations", method(lambda: value_of(activations="tail")),
         PathError, ("'tail'",)),
+    Wrong("a submodule whose output has no batch", method(lambda: value_of(at="module.scale")),
+        InputError, ("'module.scale'", "(1,)", "(5,)", "batch")),
+    Wrong("activations that have no batch", method(lambda: value_of(activations="module.scale")),
+        InputError, ("'module.scale'", "(1,)", "(5,)", "batch")),
+    Wrong("a submodule that is never called", method(lambda: value_of(at="module.idle")), PathError,
+        ("'module.idle'", "never called")),
     Wrong("submodules with integrated gradients",
         method(lambda: IntegratedGradients(VALUE, at="module.head")), ContextError,
         ("IntegratedGradients", "at=", "LRP")),
@@ -434,9 +449,15 @@ INPUTS = [
     Wrong("a model that overwrites its input",
         lambda w: w.explain(Saliency(("y", 0)), made(Overwrites)), InputError,
         ("in place", "'observation'", "copy")),
-    Wrong("a model that is random in evaluation mode",
-        lambda w: w.explain(IntegratedGradients(("y", 0)), made(Random)), LayoutError,
+    Wrong("a model that gives something else each time",
+        lambda w: w.explain(IntegratedGradients(("y", 0)), made(Fickle)), LayoutError,
         ("same input", "random")),
+    Wrong("a target that is NaN along a path",
+        method(lambda: IntegratedGradients(lambda td: td[VALUE] * NAN)), TargetError,
+        ("NaN", "<lambda>")),
+    Wrong("a target that is NaN at the baseline",
+        method(lambda: IntegratedGradients(VALUE), in_keys=["observation"]), TargetError,
+        ("NaN", "baseline"), lambda w: setattr(w.model.module, "encoder", Quotient())),
     Wrong("a model whose output is NaN", method(value_of), TargetError,
         ("NaN", "5 of 5", "'state_value'"), lambda w: w.model.module.value.weight.data.fill_(NAN)),
 ]  # fmt: skip

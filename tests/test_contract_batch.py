@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -164,6 +165,26 @@ def test_the_first_layout_that_is_right_is_chosen_and_printed(case):
         assert f"stacking     {CASES[case][3]}" in str(context)
 
 
+def test_the_layout_is_tried_out_at_points_that_the_path_visits():
+    def bounded(x: Tensor) -> Tensor:
+        if bool((x < 0).any()) or bool((x > 1).any()):
+            raise ValueError("pixels lie between 0 and 1")
+        return (x**2).sum(-1)
+
+    def entropy(p: Tensor) -> Tensor:
+        return torch.distributions.Categorical(probs=p, validate_args=True).entropy()
+
+    pixels = torch.tensor([[1.0, 0.0, 0.5]], dtype=torch.float64)
+    chances = torch.softmax(torch.randn(5, 3, dtype=torch.float64), -1)
+    for function, x, baseline in ((bounded, pixels, 0.0), (entropy, chances, 1 / 3)):
+        method = integrated(n_steps=200, baselines=baseline).replaced(target="y")
+        model = TensorDictModule(function, ["x"], ["y"])
+        with method.prepare(model) as hooked:
+            td = hooked(TensorDict({"x": x}, x.shape[:1]))
+        change = function(x) - function(torch.full_like(x, baseline))
+        torch.testing.assert_close(td["attr", "x"].sum(-1), change, rtol=1e-3, atol=1e-4)
+
+
 def test_the_layout_is_decided_once_per_context():
     model, td = policy("centres over the batch")
     seen = model.module.seen
@@ -271,14 +292,31 @@ def test_what_is_not_attributed_is_the_same_at_every_evaluation():
     assert ("attr", "scale") not in td.keys(True)
 
 
-def test_a_model_that_is_random_in_evaluation_mode_is_refused_rather_than_guessed():
-    class Random(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x[..., :2] * torch.rand(2, dtype=x.dtype)
+class Noisy(nn.Module):
+    """Random in evaluation mode too: a weight that is drawn anew at each call."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        return x[..., :2] * (1 + torch.rand(2, dtype=x.dtype))
+
+
+@pytest.mark.parametrize("drive", [True, False], ids=["driving", "observing"])
+def test_a_model_that_draws_is_explained_at_one_and_the_same_draw(drive):
     td = TensorDict({"x": torch.randn(5, 3, dtype=torch.float64)}, [5])
-    with integrated().prepare(Random(), ["x"], ["y"]) as hooked:
+    with integrated().prepare(Noisy(), ["x"], ["y"]) as hooked:
         before = torch.get_rng_state()
-        with pytest.raises(LayoutError, match="random"):
-            hooked.observe(td)
-        assert torch.equal(before, torch.get_rng_state())
+        (hooked if drive else hooked.observe)(td)
+        assert drive or torch.equal(before, torch.get_rng_state())
+    weight = td["attr", "x"] / td["x"]
+    torch.testing.assert_close(weight, weight[:1].expand(5, 3), rtol=1e-9, atol=1e-12)
+    assert 1 <= weight[0, 0] <= 2 and not weight[:, 1:].any()
+    torch.testing.assert_close(td["attr_gap"], torch.zeros_like(td["attr_gap"]), rtol=0, atol=1e-9)
+
+
+def test_a_model_that_gives_something_else_each_time_is_refused_rather_than_guessed():
+    count = itertools.count(1)
+    model = TensorDictModule(lambda x: x[..., :2] * next(count), ["x"], ["y"])
+    td = TensorDict({"x": torch.randn(5, 3, dtype=torch.float64)}, [5])
+    with integrated().prepare(model) as hooked:
+        for call in (hooked, hooked.observe):
+            with pytest.raises(LayoutError, match="random"):
+                call(td)

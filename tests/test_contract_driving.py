@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +24,14 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, Normal
 
 from pristine import assert_same, bits, snapshot, td_snapshot
-from tdhook_like import LRP, EpsilonPlus, InputXGradient, IntegratedGradients, Saliency
+from tdhook_like import (
+    LRP,
+    ContextError,
+    EpsilonPlus,
+    InputXGradient,
+    IntegratedGradients,
+    Saliency,
+)
 
 METHODS: dict[str, Callable[..., Any]] = {
     "saliency": lambda target: Saliency(target, abs=False),
@@ -229,6 +238,116 @@ def test_hooks_of_the_users_own_are_part_of_the_model_and_stay_on_it(method):
         expected = hooked(td.clone())
     torch.testing.assert_close(td["logits"], expected["logits"])
     torch.testing.assert_close(td["attr", "observation"], expected["attr", "observation"])
+
+
+class Stateful(nn.Module):
+    """Keeps what modules keep beside parameters and buffers, and moves one thing of it per call."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.layer = kind, nn.Linear(4, 2)
+        self.count, self.list, self.dict = 0, [0], {"n": 0}
+        self.deque = collections.deque([0], maxlen=50)
+        self.ordered, self.default = collections.OrderedDict(), collections.defaultdict(list)
+        self.tensor, self.td = torch.zeros(()), TensorDict({"n": torch.zeros(())})
+        self.nested = {"past": [torch.zeros(())]}
+        self.generator = torch.Generator().manual_seed(0)
+
+    def moves(self) -> dict[str, Callable[[], Any]]:
+        return {
+            "count": lambda: setattr(self, "count", self.count + 1),
+            "list": lambda: self.list.append(1),
+            "dict": lambda: self.dict.update(n=self.dict["n"] + 1),
+            "deque": lambda: self.deque.append(1),
+            "ordered": lambda: self.ordered.update({len(self.ordered): 1}),
+            "default": lambda: self.default["new"].append(1),
+            "tensor": lambda: self.tensor.add_(1),
+            "nested": lambda: self.nested["past"][0].add_(1),
+            "td": lambda: self.td["n"].add_(1),
+            "generator": lambda: torch.rand(1, generator=self.generator),
+            "random": random.random,
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.moves()[self.kind]()
+        return self.layer(x)
+
+    def state(self) -> list[Any]:
+        """A copy of everything that can move, also of what the interpreter holds."""
+        plain = [self.count, [*self.list], {**self.dict}, [*self.deque], {**self.ordered}]
+        tensors = [self.tensor, self.nested["past"][0], self.td["n"], self.generator.get_state()]
+        return [*plain, copy.deepcopy(dict(self.default)), *map(bits, tensors), random.getstate()]
+
+
+STATES = list(Stateful("").moves())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", STATES)
+def test_state_in_attributes_is_left_alone_by_observing(kind, method):
+    net, td = Stateful(kind), inputs()
+    before = net.state()
+    with METHODS[method](("y", 0)).prepare(net, ["observation"], ["y"]) as hooked:
+        hooked.observe(td)
+    assert net.state() == before
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", STATES)
+def test_state_in_attributes_is_moved_by_driving_as_by_the_plain_call(kind, method):
+    net, td = Stateful(kind), inputs()
+    twin, seed = Stateful(kind), random.getstate()
+    twin(td["observation"])
+    expected = twin.state()
+    random.setstate(seed)
+    with METHODS[method](("y", 0)).prepare(net, ["observation"], ["y"]) as hooked:
+        hooked(td)
+    assert net.state() == expected
+
+
+class Normaliser(nn.Module):
+    """Writes its statistics in evaluation mode too, as running normalisers of observations do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(4))
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.seen += len(x)
+            self.mean = self.mean + (x.mean(0) - self.mean) * len(x) / self.seen  # another tensor
+        return self.layer(x - self.mean)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluating"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_driven_call_that_fails_leaves_every_buffer_as_it_was(method, training):
+    net, td = Normaliser().train(training), inputs()
+    net(td["observation"])
+
+    def broken(out: Any) -> Tensor:
+        raise RuntimeError("no target today")
+
+    before = snapshot(net)
+    with METHODS[method](broken).prepare(net, ["observation"], ["y"]) as hooked:
+        with pytest.raises(RuntimeError, match="no target today"):
+            hooked(td)
+        assert_same(before, snapshot(net))
+
+
+def test_a_context_can_be_entered_again_and_what_it_gave_before_stays_closed():
+    policy, td = deterministic(), inputs()
+    context = Saliency(("logits", 0)).prepare(policy)
+    with context as first:
+        expected = bits(first.observe(td)["attr", "observation"])
+    with context as second:
+        assert second is not first
+        assert bits(second.observe(td)["attr", "observation"]) == expected
+        with pytest.raises(ContextError, match="left"):
+            first(td)
 
 
 def test_select_out_keys_of_the_model_holds():

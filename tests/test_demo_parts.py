@@ -169,6 +169,17 @@ def test_the_memory_policy_answers_in_a_rollout_as_it_does_over_whole_episodes(r
     assert td["next", "reward"][:, -1].all()
 
 
+def test_the_last_answer_is_that_of_the_policy_over_whole_episodes(recall):
+    remembering, td = recall
+    with torch.no_grad(), set_recurrent_mode("recurrent"):
+        whole = remembering(td.clone())
+    episodes = td.clone()
+    episodes.batch_size = td.batch_size[:1]
+    answered = memory.LastAnswer(remembering)(episodes.unsqueeze(0)).squeeze(0)
+    torch.testing.assert_close(answered["logits"], whole["logits"][:, -1])
+    assert torch.equal(answered["action"], memory.answers(td))
+
+
 def _gradient(remembering, td, actions, scale):
     """Gradient of the last step's logit of the action, at scaled inputs, [B, T, 3]."""
     cue = (scale * td["cue"]).requires_grad_()

@@ -107,6 +107,15 @@ def test_of_a_sum_of_functions_of_one_input_each_it_is_their_change():
     torch.testing.assert_close(td["attr", "x"], x.sin() - base.sin(), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("method", ["gausslegendre", "riemann_middle", "riemann_right"])
+def test_an_infinite_slope_at_an_end_where_no_node_lies_does_no_harm(method):
+    x = torch.rand(6, 3, dtype=DOUBLE) + 0.5
+    td = explained(Function(lambda x: x.sqrt().sum(-1)), x, n_steps=1000, method=method)
+    torch.testing.assert_close(td["attr", "x"], x.sqrt(), rtol=0.03, atol=0)
+    gap = td["attr", "x"].sum(-1) - x.sqrt().sum(-1)
+    torch.testing.assert_close(td["attr_gap"], gap, rtol=1e-9, atol=1e-9)
+
+
 def network() -> nn.Sequential:
     layers = [nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 5), nn.Softplus(), nn.Linear(5, 4)]
     return nn.Sequential(*layers)

@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from tensordict import TensorDict
 from tensordict.nn import (
-    EnsembleModule,
     TensorDictModule,
     TensorDictModuleWrapper,
     TensorDictSequential,
     set_skip_existing,
 )
-from torch import Tensor, nn
+from torch import nn
 from torchrl.data import OneHot
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import (
+    AdditiveGaussianModule,
     EGreedyModule,
     IndependentNormal,
     NoisyLinear,
+    OrnsteinUhlenbeckProcessModule,
     QValueActor,
+    TanhDelta,
     ValueOperator,
-    set_recurrent_mode,
 )
-from torchrl.objectives import SACLoss
 
 from pristine import assert_same, snapshot
 from tdhook_like import (
     LRP,
-    Each,
-    IntegratedGradients,
     KeyNotFoundError,
     LogProb,
     RuleError,
@@ -48,17 +44,16 @@ from tdhook_like.attribution.lrp import (
     ZBoxRule,
     ZPlusRule,
 )
-from torchrl_families import (
+from torchrl_records import FAMILIES
+from torchrl_records.nets import (
     ACTIONS,
-    AGENTS,
-    FAMILIES,
     HIDDEN,
     OBS,
     B,
-    T,
-    agents,
+    actor,
+    bounded,
     composite,
-    last_step,
+    deterministic,
     logits,
     mlp,
     observations,
@@ -209,6 +204,38 @@ def test_the_greedy_value_is_explained_and_not_the_one_that_exploration_executes
     torch.testing.assert_close(td["attr", "done", "observation"], done)
 
 
+@pytest.mark.parametrize("noise", [AdditiveGaussianModule, OrnsteinUhlenbeckProcessModule])
+def test_a_policy_is_explained_in_front_of_the_noise_that_is_added_to_its_action(noise):
+    policy = TensorDictModule(
+        nn.Sequential(mlp(), nn.Tanh()), in_keys=["observation"], out_keys=["action"]
+    )
+    noisy, td = TensorDictSequential(policy, noise(bounded())), steps(B, states=())
+    with pytest.raises(TargetError, match="TensorDictSequential"):
+        Saliency().prepare(noisy)
+
+    def act(module):
+        torch.manual_seed(0)
+        with set_exploration_type(ExplorationType.RANDOM):
+            return module(td.copy())
+
+    leaf = td["observation"].clone().requires_grad_()
+    (expected,) = torch.autograd.grad(policy.module(leaf)[:, 0].sum(), leaf)
+    plain = act(noisy)
+    assert not torch.equal(plain["action"], policy(td.copy())["action"])
+    with signed(("action", 0)).prepare(policy) as hooked:
+        found = act(TensorDictSequential(hooked, noisy[1]))
+    assert torch.equal(found["action"], plain["action"])
+    torch.testing.assert_close(found["attr", "observation"], expected)
+
+
+def test_a_policy_that_is_a_point_mass_has_no_log_probability_to_explain():
+    policy = actor(deterministic(), TanhDelta, "param")
+    with signed().prepare(policy) as hooked, pytest.raises(TargetError, match="Inf"):
+        hooked(observations())
+    with signed(("param", 0)).prepare(policy) as hooked:
+        assert hooked(observations())["attr", "observation"].any()
+
+
 def test_the_heads_of_a_composite_distribution_are_targets_of_their_own():
     policy, td = composite(), observations()
     heads = {"gear": LogProb(("action", "gear")), "steer": LogProb(("action", "steer"))}
@@ -288,152 +315,6 @@ def test_observing_looks_at_a_noisy_network_without_its_noise_and_leaves_the_noi
         hooked.observe(td)
     assert_same(before, snapshot(noisy))
     assert torch.equal(td["attr", "observation"], noisy.weight_mu.detach().expand(B, OBS))
-
-
-# --- recurrent modules -------------------------------------------------------------------------
-
-
-RECURRENT = ["LSTMModule over time with resets", "GRUModule over time with resets"]
-every_recurrent = pytest.mark.parametrize("name", RECURRENT)
-
-
-def over_time(name: str, td: TensorDict, target=last_step, method=signed) -> Tensor:
-    torch.manual_seed(0)
-    model = FAMILIES[name].build()
-    with method(target).prepare(model) as hooked, set_recurrent_mode():
-        return hooked(td.copy())["attr", "observation"]
-
-
-@every_recurrent
-def test_time_of_one_environment_is_not_mixed_with_another_one(name):
-    td = FAMILIES[name].td()
-    together = over_time(name, td)
-    for row in range(B):
-        torch.testing.assert_close(together[row : row + 1], over_time(name, td[row : row + 1]))
-
-
-@every_recurrent
-def test_a_reset_cuts_what_came_before_it_off(name):
-    relevance = over_time(name, FAMILIES[name].td()).abs().sum(-1)
-    assert torch.equal(relevance[1] > 0, torch.tensor([False, False, True, True]))
-    assert torch.equal(relevance[2] > 0, torch.tensor([False, False, True, True]))
-    assert (relevance[[0, 3, 4]] > 0).all()
-
-
-@every_recurrent
-def test_what_comes_after_the_explained_step_has_no_relevance(name):
-    def second_step(td):
-        chosen = td["logits"][..., 0]
-        return chosen * (torch.arange(T) == 1)
-
-    relevance = over_time(name, steps(B, T, states=()), second_step).abs().sum(-1)
-    assert torch.equal(relevance > 0, torch.tensor([True, True, False, False]).expand(B, T))
-
-
-@every_recurrent
-def test_steps_are_stacked_in_front_of_time_and_not_folded_into_it(name):
-    torch.manual_seed(0)
-    model, td = FAMILIES[name].build(), FAMILIES[name].td()
-    context = IntegratedGradients(last_step, n_steps=4, gap_tolerance=None).prepare(model)
-    with context as hooked, set_recurrent_mode():
-        whole = hooked.observe(td.copy())["attr", "observation"]
-        for row in range(B):
-            alone = hooked.observe(td[row : row + 1].copy())["attr", "observation"]
-            torch.testing.assert_close(whole[row : row + 1], alone, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["LSTMModule, step by step", "GRUModule, step by step"])
-def test_a_state_that_a_new_episode_throws_away_has_no_relevance(name):
-    torch.manual_seed(0)
-    model, td = FAMILIES[name].build(), FAMILIES[name].td()
-    td["is_init"][2:] = True
-    with signed(("logits", 0)).prepare(model) as hooked:
-        td = hooked(td)
-    relevance = td["attr", "h"].abs().flatten(1).sum(1)
-    assert torch.equal(relevance > 0, ~td["is_init"].squeeze(-1))
-    assert "is_init" not in set(td["attr"].keys())
-
-
-# --- agents and ensembles ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shared", [True, False], ids=["shared weights", "own weights"])
-@pytest.mark.parametrize("centralised", [True, False], ids=["centralised", "apart"])
-def test_agents_that_do_not_see_each_other_have_no_relevance_for_each_other(shared, centralised):
-    name = f"MultiAgentMLP, {'shared' if shared else 'own'} weights"
-    model = FAMILIES[name + (", centralised" if centralised else "")].build()
-    td = agents()
-    with signed(Each(("agents", "value"))).prepare(model) as hooked:
-        td = hooked(td)
-    relevance = td["attr", "agents", "observation"]
-    assert relevance.shape == (B, AGENTS, AGENTS, OBS)  # of whose value, then through whom
-    expected = torch.ones(AGENTS, AGENTS) if centralised else torch.eye(AGENTS)
-    assert torch.equal((relevance.abs().sum(-1) > 0).float(), expected.expand(B, AGENTS, AGENTS))
-
-
-@every_weight_rule
-def test_rules_on_stacked_agents_are_those_on_each_agent_alone(rule):
-    model, td = FAMILIES["MultiAgentMLP, own weights"].build(), agents()
-    with LRP(only_linear(rule), Each(("agents", "value"))).prepare(model) as hooked:
-        td = hooked(td)
-    for agent in range(AGENTS):
-        net = copy.deepcopy(model.module._empty_net).to_empty(device="cpu")
-        model.module.params[agent].detach().to_module(net)
-        own = TensorDict({"observation": td["agents", "observation"][:, agent]}, [B])
-        critic = TensorDictModule(net, in_keys=["observation"], out_keys=["value"])
-        with LRP(only_linear(rule), "value").prepare(critic) as hooked:
-            own = hooked(own)
-        found = td["attr", "agents", "observation"][:, agent, agent]
-        torch.testing.assert_close(found, own["attr", "observation"], rtol=1e-4, atol=1e-6)
-
-
-def test_each_member_of_an_ensemble_is_explained_by_its_own_gradient():
-    member = TensorDictModule(mlp(n_out=1), in_keys=["observation"], out_keys=["value"])
-    model, td = EnsembleModule(member, 3), TensorDict({"observation": torch.randn(B, OBS)}, [B])
-    expected = model(td.copy())
-    with signed().prepare(model) as hooked:
-        found = hooked(td)
-    assert found.batch_size == (3, B) and torch.equal(found["value"], expected["value"])
-    for index in range(3):
-        leaf = td["observation"].clone().requires_grad_()
-        params = model.params_td[index].detach()
-        with params.to_module(member):
-            value = member(TensorDict({"observation": leaf}, [B]))["value"]
-        (grad,) = torch.autograd.grad(value.sum(), leaf)
-        torch.testing.assert_close(found["attr", "observation"][index], grad)
-
-
-def test_a_critic_of_a_sac_loss_is_explained_with_the_weights_that_the_loss_trains():
-    actor = sampler(IndependentNormal, "loc", "scale")
-    critic = ValueOperator(mlp(OBS + ACTIONS, 1), in_keys=["observation", "action"])
-    loss = SACLoss(actor, critic, num_qvalue_nets=2, target_entropy=-1.0)
-    td = observations(action=lambda: torch.randn(B, ACTIONS))
-    for index, params in enumerate(loss.qvalue_network_params.unbind(0)):
-        with params.to_module(loss.qvalue_network), signed().prepare(loss.qvalue_network) as hooked:
-            found = hooked.observe(td.copy())
-        plain = copy.deepcopy(critic)
-        loss.qvalue_network_params.detach()[index].to_module(plain)
-        leaf = td["action"].clone().requires_grad_()
-        value = plain(td.copy().set("action", leaf))["state_action_value"]
-        (grad,) = torch.autograd.grad(value.sum(), leaf)
-        torch.testing.assert_close(found["attr", "action"], grad)
-
-
-# --- a wrapper that returns something else -----------------------------------------------------
-
-
-def test_what_a_decision_transformer_masks_has_no_relevance_and_the_input_stays_whole():
-    family = FAMILIES["DecisionTransformerInferenceWrapper"]
-    model, td = family.build(), family.td()
-    given = td.clone()
-    with signed(family.target).prepare(model) as hooked:
-        found = hooked(td)
-    assert torch.equal(found["action"], model(given.clone())["action"])
-    assert not found["attr", "observation"][:, : T - 2].any()
-    assert found["attr", "observation"][:, T - 2 :].all(-1).all()
-    assert found is not td
-    assert set(td.keys()) == set(given.keys())
-    assert all(torch.equal(td[key], given[key]) for key in given.keys())  # noqa: SIM118
 
 
 def test_a_key_that_is_missing_from_the_td_is_named():

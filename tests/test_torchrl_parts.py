@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
-from torchrl.collectors import Collector
+from torchrl.collectors import Collector, MultiSyncCollector
 from torchrl.envs import InitTracker, SerialEnv, TransformedEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import LSTMModule
@@ -126,3 +126,23 @@ def test_a_recurrent_policy_carries_its_state_from_step_to_step_as_without_the_w
     assert_bit_equal(found, expected)
     seen = attributed["h"].flatten(1).abs().sum(1) > 0
     assert torch.equal(seen, ~found["is_init"].squeeze(-1))
+
+
+@pytest.mark.slow
+def test_a_hooked_policy_travels_to_the_workers_of_a_collector():
+    policy = make_policy().eval()
+    with InputXGradient().prepare(policy) as hooked:
+        collector = MultiSyncCollector(
+            [make_env],
+            hooked,
+            frames_per_batch=8,
+            total_frames=16,
+            auto_register_policy_transforms=False,
+        )
+        for batch in collector:
+            written = batch.pop("attr")
+            fresh = hooked.observe(batch.clone())["attr"]
+            for key in KEYS:
+                torch.testing.assert_close(fresh[key], written[key], rtol=1e-4, atol=1e-6)
+            collector.update_policy_weights_(hooked)
+        collector.shutdown()

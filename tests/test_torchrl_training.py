@@ -1,9 +1,7 @@
-"""What observes a training: the transform of a replay buffer, the trainer's hook, the evaluator."""
+"""What observes a training: the trainer's hook and the evaluator's metrics."""
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,25 +9,18 @@ from typing import Any
 import pytest
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor, nn
 from torchrl.collectors import Collector, Evaluator
 from torchrl.data import (
-    LazyMemmapStorage,
     LazyTensorStorage,
-    ReplayBuffer,
-    SamplerWithoutReplacement,
     TensorDictReplayBuffer,
 )
-from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import ValueOperator
 from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
 from torchrl.trainers import DefaultOptimizationStepper, ReplayBufferTrainer, Trainer
 
-from pristine import assert_same, snapshot
 from tdhook_like import (
     LRP,
-    ContextError,
     Each,
     InputError,
     InputXGradient,
@@ -38,168 +29,13 @@ from tdhook_like import (
 )
 from tdhook_like.metrics import key_shares
 from tdhook_like.rl import AttributionHook, AttributionTransform, attribution_metrics
-from torchrl_play import KEYS, assert_bit_equal, make_critic, make_env, make_policy
-
-
-def record(policy: Any, n: int = 32) -> TensorDictBase:
-    torch.manual_seed(11)
-    with set_exploration_type(ExplorationType.RANDOM), torch.no_grad():
-        return make_env().rollout(n, policy=policy, break_when_any_done=False)
-
-
-# --- replay buffers -------------------------------------------------------------------------------
-
-
-STORAGES = {
-    "in memory": lambda path: LazyTensorStorage(64),
-    "memory-mapped": lambda path: LazyMemmapStorage(64, scratch_dir=path),
-}
-every_storage = pytest.mark.parametrize("storage", STORAGES)
-every_prefetch = pytest.mark.parametrize("prefetch", [None, 2])
-
-
-def filled(policy: Any, storage: str, path: Any, **options: Any) -> ReplayBuffer:
-    buffer = TensorDictReplayBuffer(storage=STORAGES[storage](path), batch_size=8, **options)
-    buffer.extend(record(policy))
-    return buffer
-
-
-@every_storage
-@every_prefetch
-@pytest.mark.parametrize("grad", [torch.enable_grad, torch.no_grad])
-def test_samples_are_explained_at_what_was_recorded_and_the_storage_is_left_alone(
-    storage, prefetch, grad, tmp_path
-):
-    policy = make_policy()
-    buffer = filled(policy, storage, tmp_path, prefetch=prefetch)
-    before, keys = snapshot(policy), set(buffer[:].keys(True, True))
-    with InputXGradient().prepare(policy) as hooked:
-        buffer.append_transform(AttributionTransform(hooked))
-        with grad():
-            samples = [buffer.sample() for _ in range(4)]
-        for sample in samples:
-            fresh = hooked.observe(sample.exclude("attr"))
-            for key in KEYS:
-                torch.testing.assert_close(sample["attr", key], fresh["attr", key])
-                assert not sample["attr", key].requires_grad
-        buffer.shutdown()
-    assert_same(before, snapshot(policy), ignoring=["random state"])
-    assert set(buffer.storage[:].keys(True, True)) == keys
-
-
-@every_storage
-def test_a_buffer_gives_the_same_samples_with_the_transform_and_without(storage, tmp_path):
-    policy = make_policy()
-
-    def samples(*transforms: AttributionTransform) -> list[TensorDictBase]:
-        buffer = filled(policy, storage, tmp_path / str(len(transforms)))
-        for transform in transforms:
-            buffer.append_transform(transform)
-        torch.manual_seed(0)
-        return [buffer.sample() for _ in range(3)]
-
-    with LRP().prepare(policy) as hooked:
-        found = samples(AttributionTransform(hooked))
-    for ours, theirs in zip(found, samples(), strict=True):
-        assert_bit_equal(ours.exclude("attr"), theirs)
-
-
-def test_prefetching_threads_draw_no_batch_twice(tmp_path):
-    # Observing in one thread must not rewind what another one draws from.
-    policy = make_policy()
-    buffer = filled(policy, "in memory", tmp_path, prefetch=2)
-    with IntegratedGradients(n_steps=8, gap_tolerance=None).prepare(policy) as hooked:
-        buffer.append_transform(AttributionTransform(hooked))
-        torch.manual_seed(0)
-        drawn = [tuple(buffer.sample()["index"].tolist()) for _ in range(40)]
-        buffer.shutdown()
-    assert len(set(drawn)) == len(drawn)
-
-
-class Slow(nn.Module):
-    """Takes its time, and draws numbers if it is told to."""
-
-    def __init__(self, draws: bool) -> None:
-        super().__init__()
-        self.draws = draws
-
-    def forward(self, x: Tensor) -> Tensor:
-        time.sleep(0.1)
-        return (x * torch.rand(()) if self.draws else x).sum(-1, keepdim=True)
-
-
-@pytest.mark.parametrize("draws", [False, True], ids=["a steady model", "a model that draws"])
-def test_observing_in_another_thread_rewinds_nothing_that_is_drawn_meanwhile(draws):
-    with Saliency("y").prepare(Slow(draws), in_keys=["x"], out_keys=["y"]) as hooked:
-        td = TensorDict({"x": torch.ones(1, 2)}, [1])
-        torch.manual_seed(0)
-        expected = torch.rand(8)
-        torch.manual_seed(0)
-        thread = threading.Thread(target=hooked.observe, args=(td,))
-        thread.start()
-        time.sleep(0.05)
-        first = torch.rand(4)
-        thread.join()
-        assert torch.equal(torch.cat([first, torch.rand(4)]), expected)
-
-
-def test_a_buffer_does_not_switch_or_move_the_model_of_its_transform(tmp_path):
-    policy = make_policy().train()
-    transform = AttributionTransform(Saliency(), policy)
-    buffer = filled(policy, "in memory", tmp_path)
-    buffer.append_transform(transform)
-    transform.to(torch.float64)
-    transform.requires_grad_(False)
-    assert policy.training and all(p.requires_grad for p in policy.parameters())
-    assert {p.dtype for p in policy.parameters()} == {torch.float32}
-    assert not list(transform.parameters()) and not list(transform.children())
-    transform.close()
-    with pytest.raises(ContextError, match="left"):
-        buffer.sample()
-
-
-def test_samples_follow_the_weights_as_they_are_trained(tmp_path):
-    critic = make_critic()
-    sampler = SamplerWithoutReplacement(shuffle=False)
-    buffer = filled(make_policy(), "in memory", tmp_path, sampler=sampler)
-    buffer.append_transform(AttributionTransform(Saliency(abs=False), critic))
-    first = buffer.sample()
-    with torch.no_grad():
-        for parameter in critic.module.net[-1].parameters():
-            parameter.mul_(2.0)
-    for _ in range(3):  # the storage's four batches in turn, then the first again
-        buffer.sample()
-    again = buffer.sample()
-    assert torch.equal(again["th"], first["th"])
-    torch.testing.assert_close(again["attr", "th"], 2.0 * first["attr", "th"])
-
-
-def test_an_environment_says_that_the_transform_belongs_into_a_buffer():
-    env = make_env().append_transform(AttributionTransform(Saliency(), make_critic()))
-    with pytest.raises(ContextError, match="replay buffer"):
-        env.rollout(1)
-
-
-def test_what_a_transform_explains_must_be_named_once():
-    critic = make_critic()
-    with pytest.raises(ContextError, match="Which module"):
-        AttributionTransform(Saliency())
-    with Saliency().prepare(critic) as hooked, pytest.raises(ContextError, match="already"):
-        AttributionTransform(hooked, critic)
-    with pytest.raises(ContextError, match="left"):
-        AttributionTransform(hooked)
-    with pytest.raises(ContextError, match="got int"):
-        AttributionTransform(3)  # pyright: ignore[reportArgumentType]
-    assert repr(AttributionTransform(Saliency(), critic)) == "AttributionTransform(Saliency)"
-
-
-# --- trainers -------------------------------------------------------------------------------------
+from torchrl_play import KEYS, assert_bit_equal, make_critic, make_env, make_policy, record
 
 
 class Training:
     """Some steps of proximal policy optimisation with torchrl's Trainer, always from one seed."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, explain_samples: bool = False) -> None:
         self.policy, self.critic = make_policy(), make_critic()
         torch.manual_seed(2)
         self.loss = ClipPPOLoss(self.policy, self.critic)
@@ -223,10 +59,10 @@ class Training:
         )
         advantage = GAE(gamma=0.99, lmbda=0.95, value_network=self.critic)
         self.trainer.register_op("batch_process", advantage)
-        buffer = ReplayBufferTrainer(
-            TensorDictReplayBuffer(storage=LazyTensorStorage(16), batch_size=8),
-            flatten_tensordicts=True,
-        )
+        samples = TensorDictReplayBuffer(storage=LazyTensorStorage(16), batch_size=8)
+        if explain_samples:
+            samples.append_transform(AttributionTransform(LRP(), self.policy))
+        buffer = ReplayBufferTrainer(samples, flatten_tensordicts=True)
         self.trainer.register_op("batch_process", buffer.extend)
         self.trainer.register_op("process_optim_batch", buffer.sample)
         self.trainer.register_op("post_optim_log", self.keep)
@@ -278,6 +114,22 @@ def test_training_with_the_hook_is_training_without_it_bit_for_bit(name):
     shares = [training.logged(f"attr/{key}/share") for key in KEYS]
     assert [len(share) for share in shares] == [5, 5]  # the steps 1, 3, 5, 7 and 9 of nine
     assert all(sum(pair) == pytest.approx(1.0) for pair in zip(*shares, strict=True))
+
+
+def test_training_on_explained_samples_is_training_on_samples_bit_for_bit():
+    training = Training(explain_samples=True).run()
+    assert all(batch["attr"].batch_size == (8,) for batch in training.batches)
+    training.batches = [batch.exclude("attr") for batch in training.batches]
+    assert_same_training(training, Training().run())
+
+
+def test_what_was_written_as_the_policy_acted_does_not_count_among_the_shares():
+    critic, batch = make_critic(), record(make_policy())
+    expected = AttributionHook(InputXGradient(keys=("th",)), critic)(batch)
+    batch["attr"] = TensorDict({key: torch.ones(32, 1) for key in KEYS}, [32])
+    found = AttributionHook(InputXGradient(keys=("th",)), critic)(batch)
+    assert found == expected and found is not None
+    assert found["attr/th/share"] == 1.0
 
 
 def test_the_hook_gives_the_shares_of_the_batch_and_leaves_the_batch_as_it_is():

@@ -9,6 +9,7 @@ from tensordict import TensorDictBase
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import Tensor, nn
 from torchrl.envs import PendulumEnv, StepCounter, TransformedEnv, UnsqueezeTransform
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import ProbabilisticActor, TanhNormal, ValueOperator
 
 KEYS = ("th", "thdot")
@@ -53,9 +54,16 @@ def make_env(seed: int = 0, max_steps: int = 5) -> TransformedEnv:
     return TransformedEnv(PendulumEnv(seed=seed), shapes).append_transform(StepCounter(max_steps))
 
 
+def record(policy: Any, n: int = 32) -> TensorDictBase:
+    """A few episodes with actions drawn, always the same."""
+    torch.manual_seed(11)
+    with set_exploration_type(ExplorationType.RANDOM), torch.no_grad():
+        return make_env().rollout(n, policy=policy, break_when_any_done=False)
+
+
 def assert_bit_equal(found: TensorDictBase, expected: TensorDictBase) -> None:
     """The same batch size, the same keys and, everywhere, the same bits."""
     assert found.batch_size == expected.batch_size
     assert set(found.keys(True, True)) == set(expected.keys(True, True))
     unequal = [key for key in found.keys(True, True) if not found.get(key).equal(expected.get(key))]
-    assert unequal == []
+    assert not unequal, f"other bits at {unequal}"

@@ -24,13 +24,24 @@ from tdhook_like.errors import (
     TargetError,
     TdhookLikeError,
 )
-from tdhook_like.targets import Contrast, Each, Function, Greedy, LogProb, Output, Taken, Target
+from tdhook_like.targets import (
+    AtStep,
+    Contrast,
+    Each,
+    Function,
+    Greedy,
+    LogProb,
+    Output,
+    Taken,
+    Target,
+)
 from tdhook_like.writing import CompletenessWarning
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LRP",
+    "AtStep",
     "BaselineError",
     "CompletenessWarning",
     "ContextError",

@@ -22,7 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tdhook_like", description="Attribution per key.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="explain a trained policy and check it against the cause")
+    demo = commands.add_parser(
+        "demo", help="explain a trained policy and check it against the cause"
+    )
     demo.add_argument("--out", default="demo_out", help="where results go (default: demo_out)")
     demo.add_argument("--episodes", type=int, default=4, help="episodes to explain (default: 4)")
     demo.add_argument("--seed", type=int, default=0, help="settles the episodes (default: 0)")
@@ -33,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from tdhook_like.demo.run import main as run
     except ImportError as error:
         print(
-            f"The demo needs the extras: pip install 'tdhook_like[rl,viz]' ({error}).", file=sys.stderr
+            f"The demo needs the extras: pip install 'tdhook_like[rl,viz]' ({error}).",
+            file=sys.stderr,
         )
         return 2
     return run(given.out, given.episodes, given.seed)

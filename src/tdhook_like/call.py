@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from math import isfinite
 from typing import TYPE_CHECKING, Any
@@ -26,10 +26,11 @@ from tdhook_like.hooks.installation import Handler, Installation
 from tdhook_like.keys import check_writable
 from tdhook_like.layout import Run
 from tdhook_like.reading import attributed, declare, private_copy, same_bits
-from tdhook_like.runner import Undo, direct, restore_rng, rng_state
+from tdhook_like.randomness import ForeignDraws, OwnDraws, moved, restore_rng, rng_state
+from tdhook_like.runner import Undo, direct
 from tdhook_like.score import Captured, Evaluation, Score, TargetColumns
 from tdhook_like.shadow import Shadow
-from tdhook_like.targets import Reference
+from tdhook_like.targets import AtStep, Reference
 from tdhook_like.writing import Written, write_attribution, write_outputs
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Call:
     def drive(self, destination: TensorDictBase) -> TensorDictBase:
         """The plain call, and its explanation; outputs and attributions go to ``destination``."""
         runner, method = self._context.runner, self._method
-        check_writable(destination, self._context.out_keys)
+        self._check_destination(destination, self._context.out_keys)
         grads, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         undo = Undo(runner, list(self._inputs.values()))
         try:
@@ -82,10 +83,8 @@ class Call:
                 private = private_copy(self._td)
                 outputs = self._returned(private, self._attempt(runner.plain, private))
                 own = self._own
-                with _gradients(inference):
-                    undo.note()
+                with _gradients(inference), ForeignDraws():
                     found = self._explained(outputs)
-                    undo.rng()
             result = write_outputs(self._context, self._td, outputs, destination, own)
             write_attribution(self._context, result, found)
         except BaseException:
@@ -95,13 +94,10 @@ class Call:
 
     def observe(self, destination: TensorDictBase) -> TensorDictBase:
         """The explanation alone: nothing of the model, its buffers or the RNG changes."""
-        check_writable(destination, self._context.written())
-        state = rng_state(list(self._inputs.values()))
-        try:
-            with _gradients(torch.is_inference_mode_enabled()):
-                write_attribution(self._context, destination, self._explained(None))
-        finally:
-            restore_rng(state)
+        self._check_destination(destination, self._context.written())
+        with _gradients(torch.is_inference_mode_enabled()), ForeignDraws():
+            found = self._explained(None)
+        write_attribution(self._context, destination, found)
         return destination
 
     def _is_one_run(self, grads: bool, inference: bool) -> bool:
@@ -116,21 +112,34 @@ class Call:
         shapes = tuple((key, x.shape, x.dtype, x.device) for key, x in self._inputs.items())
         known, tried = self._context.one_run, (grads, inference, shapes)
         if tried not in known:
-            state = rng_state(list(self._inputs.values()))
             with _gradients(inference):  # what is made under inference mode takes part in no graph
-                model = Shadow(self._context.model).model
+                shadow = Shadow(self._context.model)
             copied = private_copy(self._td, self._context.in_keys, own=True)
-            plain = self._attempt(direct, model, copied)
-            restore_rng(state)
-            with _gradients(inference):
+            with ForeignDraws():
+                plain = self._attempt(self._steady, shadow, copied)
+            with _gradients(inference), ForeignDraws():
                 leaves = {key: self._leaf(x) for key, x in self._inputs.items()}
                 if self._context.runner.overwrites:
                     leaves = {key: leaf.clone() for key, leaf in leaves.items()}
-                run = self._filled(lambda td: direct(model, td))
+                run = self._filled(lambda td: self._steady(shadow, td))
                 traced = self._attempt(run, self._td, leaves)
-            restore_rng(state)
             known[tried] = same_bits(plain, traced, self._context.out_keys)
         return known[tried]
+
+    def _steady(self, shadow: Shadow, td: TensorDictBase) -> TensorDictBase:
+        """Runs a shadow; if the model draws, then from generators of its own."""
+        context = self._context
+        if context.draws is False:
+            state = rng_state(list(self._inputs.values()))
+            outputs = direct(shadow.model, td)
+            if not moved(state):
+                return outputs
+            # Until now it did not draw (exploration was off, say): from now on it has its own.
+            restore_rng(state)
+        with OwnDraws() as draws:
+            outputs = direct(shadow.model, td)
+        context.draws = draws.drew
+        return outputs
 
     def _attempt(self, run: Callable[..., Any], *args: Any) -> Any:
         """``run(*args)``; where it fails for a reason that has a name, that is said."""
@@ -151,7 +160,7 @@ class Call:
         shadow = Shadow(self._context.model)
 
         def run(td: TensorDictBase) -> TensorDictBase:
-            return direct(shadow.model, td)
+            return self._steady(shadow, td)
 
         reference = None
         if plain is not None:
@@ -237,6 +246,8 @@ class Call:
         if self._undeclared:
             template.batch_size = outputs.batch_size
         keys, inputs = tuple(self._inputs), tuple(x.detach() for x in self._inputs.values())
+        with OwnDraws():  # a buffer is sampled from
+            baselines = resolve(getattr(method, "baselines", None), template, keys, inputs)
         score = Score(
             lambda td: self._attempt(run, td),
             lambda: self._installed(None, shadow.of),
@@ -247,8 +258,8 @@ class Call:
             context.layouts,
             getattr(method, "internal_batch_size", None),
             overwrites=context.runner.overwrites,
+            baselines=baselines,
         )
-        baselines = resolve(getattr(method, "baselines", None), template, keys, inputs)
         attribution = method.attribute(score, baselines)
         self._check_reached()
         return self._result(attribution, targets, len(score.batch), captured)
@@ -290,7 +301,10 @@ class Call:
         recorded = self._td if observed else None
         known = tuple(context.out_keys)
         reference = Reference(outputs, outputs.batch_dims, context.model, known, recorded)
-        return TargetColumns(context.targets, reference)
+        targets, mixed = context.targets, context.time_is_mixed
+        if mixed and self._method.target is None:
+            targets = {name: AtStep(target) for name, target in targets.items()}
+        return TargetColumns(targets, reference, time_is_mixed=mixed)
 
     def _installed(
         self, captured: Captured | None, of: Callable[[nn.Module], nn.Module]
@@ -306,6 +320,15 @@ class Call:
                 module = of(original)
                 after[module] = captured.handler(path, after.get(module))
         return Installation(after, before) if after or before else nullcontext()
+
+    def _check_destination(self, td: TensorDictBase, keys: Iterable[NestedKey]) -> None:
+        check_writable(td, keys)
+        root = self._method.root
+        if isinstance(td.get(root, None), Tensor):
+            raise KeyNotFoundError(
+                f"{root!r} is taken: the TensorDict holds a tensor there, which would be lost. Give "
+                "another root= for the results."
+            )
 
     def _explain_failure(self, error: Exception) -> None:
         if "leaf Variable that requires grad" in str(error):

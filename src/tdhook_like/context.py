@@ -14,7 +14,7 @@ from torch import nn
 from tdhook_like.attribution.lrp.plan import RulePlan
 from tdhook_like.baselines import check as check_baselines
 from tdhook_like.call import Call
-from tdhook_like.defaults import default_target
+from tdhook_like.defaults import default_target, recurrent_modules
 from tdhook_like.errors import ContextError, KeyNotFoundError, ModelError, TargetError, listed
 from tdhook_like.keys import as_tuple, check_known, key_list, shortest
 from tdhook_like.paths import Selection, select, unwrapped
@@ -86,6 +86,9 @@ class HookContext:
         self.reads_keys = all(target.reads_keys for target in self.targets.values())
         #: How further evaluations are stacked, by the number of batch dimensions.
         self.layouts: dict[int, str] = {}
+        #: Whether the model draws random numbers in evaluation mode; None until it was run.
+        self.draws: bool | None = None
+        self._recurrent = recurrent_modules(self.model)
         #: Whether a differentiable run repeats the plain call bit for bit, by what was tried out.
         self.one_run: dict[Any, bool] = {}
         self._open: HookedModule | None = None
@@ -147,6 +150,11 @@ class HookContext:
                 shortest((method.gap_root, n) if n else (method.gap_root,)) for n in self.targets
             ]
         return found
+
+    @property
+    def time_is_mixed(self) -> bool:
+        """Whether the model runs over whole trajectories at the moment, time its last batch dimension."""
+        return any(module.recurrent_mode for module in self._recurrent)
 
     def _attributed(self, subset: Sequence[NestedKey] | None) -> tuple[NestedKey, ...] | None:
         if subset is not None and self.method.keys is not None:

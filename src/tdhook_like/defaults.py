@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from tensordict.nn import (
     CompositeDistribution,
@@ -19,6 +20,18 @@ from tdhook_like.targets import LogProb, Output, Target
 __all__ = ["default_target"]
 
 
+def recurrent_modules(model: nn.Module) -> list[Any]:
+    """The torchrl modules of a model that can run over time within one call.
+
+    >>> recurrent_modules(nn.Linear(2, 2))
+    []
+    """
+    rl = sys.modules.get("torchrl.modules")
+    if rl is None:
+        return []
+    return [part for part in model.modules() if isinstance(part, rl.LSTMModule | rl.GRUModule)]
+
+
 def default_target(model: nn.Module, out_keys: Sequence[NestedKey]) -> Target:
     """The obvious target of a model.
 
@@ -29,6 +42,7 @@ def default_target(model: nn.Module, out_keys: Sequence[NestedKey]) -> Target:
     ActorValueOperator, ActorCriticOperator   the critic's value
     ProbabilisticActor and the like           log-probability of the action
     a critic, anything with one output        that output (one number per element, or an error)
+    any of these, recurrent over [*B, time]   the same at the last step
     ========================================  ===============================================
 
     Raises:

@@ -15,7 +15,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from tdhook_like.errors import LayoutError
+from tdhook_like.errors import LayoutError, TargetError
 
 __all__ = ["LAYOUTS", "Layout", "verified"]
 
@@ -94,22 +94,29 @@ def _filled(
 def verified(
     score: Callable[[Layout, Sequence[Tensor]], Tensor],
     inputs: Sequence[Tensor],
+    baselines: Sequence[Tensor],
 ) -> str:
     """The name of the first layout under which stacking changes nothing.
 
-    The real inputs are stacked between rows of other contents; the scores of the real row must be
-    those that it has alone.
+    The real inputs are stacked between points on the way to their baselines; the scores of the real
+    row must be those that it has alone.
 
     Args:
         score: From a layout and stacked inputs ``[k, *B, *features]`` to scores ``[k, *B, T]``.
         inputs: The real ones, ``[*B, *features]`` each.
+        baselines: Where paths begin, of the same shapes. Points between the two are in the model's
+            domain, where others might not be.
 
     Raises:
+        TargetError: If the real inputs' scores are not finite.
         LayoutError: If not even one evaluation after another repeats itself, because the model is
             random in evaluation mode.
     """
     alone = score(apart, [x[None].clone() for x in inputs])[0]
-    stacked = [torch.stack([0.5 * x + 0.1, x, x - 0.3]) for x in inputs]
+    ways = list(zip(inputs, baselines, strict=True))
+    stacked = [torch.stack([b + 0.25 * (x - b), x, b + 0.75 * (x - b)]) for x, b in ways]
+    if not torch.isfinite(alone).all():
+        raise TargetError("The target is NaN or Inf at the input that is to be explained.")
     for name, layout in LAYOUTS.items():
         try:
             row = score(layout, stacked)[1]

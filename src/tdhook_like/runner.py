@@ -15,6 +15,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 
 from tdhook_like.errors import KeyNotFoundError, listed
 from tdhook_like.paths import submodules, unwrapped
+from tdhook_like.randomness import restore_rng, rng_state
 
 __all__ = ["Runner"]
 
@@ -50,13 +51,12 @@ class Runner:
         """Whether the model is known to write its out_keys and nothing else."""
         return type(self.model) is TensorDictModule and _simple(self.model) and not _watched()
 
-    def buffers_in_training(self) -> list[Tensor]:
-        """The buffers that a run may write because their module is in training mode."""
+    def buffers(self) -> list[tuple[dict[str, Any], str, Tensor]]:
+        """Every buffer of the model, which a run may write or replace: its holder, name and self."""
         return [
-            buffer
+            (part._buffers, name, buffer)
             for part in self._with_buffers
-            if part.training
-            for buffer in part._buffers.values()
+            for name, buffer in part._buffers.items()
             if isinstance(buffer, Tensor) and not buffer.is_inference()
         ]
 
@@ -181,7 +181,7 @@ def _written(model: Any, td: TensorDictBase, found: Any) -> TensorDictBase:
 
 
 class Undo:
-    """Puts back what a call that failed has changed: the RNG, and buffers of modules in training.
+    """Puts back what a call that failed has changed: torch's generators, and the model's buffers.
 
     Args:
         runner: Knows which buffers a run may write.
@@ -189,38 +189,18 @@ class Undo:
     """
 
     def __init__(self, runner: Runner, tensors: list[Tensor]) -> None:
-        self._tensors = tensors
-        self._rng = self._noted = rng_state(tensors)
-        self._buffers = [(b, b.detach().clone(), b._version) for b in runner.buffers_in_training()]
-
-    def note(self) -> None:
-        """Remembers the RNG's state here, for :meth:`rng`."""
-        self._noted = rng_state(self._tensors)
-
-    def rng(self) -> None:
-        """Puts the RNG back to where it was noted."""
-        restore_rng(self._noted)
+        self._rng = rng_state(tensors)
+        self._buffers = [
+            (holder, name, buffer, buffer.detach().clone(), buffer._version)
+            for holder, name, buffer in runner.buffers()
+        ]
 
     def all(self) -> None:
         """Puts everything back to where it was at the start."""
         restore_rng(self._rng)
-        for buffer, saved, version in self._buffers:
+        for holder, name, buffer, saved, version in self._buffers:
+            holder[name] = buffer
             # Batch norm writes its statistics without counting a version.
             if buffer._version != version or not buffer.equal(saved):
                 buffer.data.copy_(saved)
                 torch._C._autograd._unsafe_set_version_counter((buffer,), (version,))
-
-
-def rng_state(tensors: list[Tensor]) -> list[Any]:
-    """The state of every generator that a run on these tensors may advance."""
-    state: list[Any] = [torch.default_generator.get_state()]
-    for device in {x.device for x in tensors if x.is_cuda}:
-        state.append((device, torch.cuda.get_rng_state(device)))
-    return state
-
-
-def restore_rng(state: list[Any]) -> None:
-    """Puts generators back to a state from :func:`rng_state`."""
-    torch.set_rng_state(state[0])
-    for device, saved in state[1:]:
-        torch.cuda.set_rng_state(saved, device)

@@ -83,9 +83,18 @@ class TargetColumns:
     Args:
         targets: By name; None names a single one.
         reference: The outputs at which they are bound.
+        time_is_mixed: Whether a step's score depends on other steps' inputs, so that only one number
+            per trajectory can be explained without summing over several.
     """
 
-    def __init__(self, targets: Mapping[str | None, Target], reference: Reference) -> None:
+    def __init__(
+        self,
+        targets: Mapping[str | None, Target],
+        reference: Reference,
+        *,
+        time_is_mixed: bool = False,
+    ) -> None:
+        self._time_is_mixed = time_is_mixed
         self._targets = dict(targets)
         self._picks: list[Pick] = [t.bind_column(reference) for t in targets.values()]
         self.slices: dict[str | None, slice] = {}
@@ -98,6 +107,18 @@ class TargetColumns:
             for target, pick in zip(self._targets.values(), self._picks, strict=True)
         ]
         if not self.slices:
+            if len({part.shape[:-1] for part in found}) > 1:
+                raise TargetError(
+                    "The named targets do not speak of the same elements: some are one number per "
+                    "batch element, some one per trajectory. Explain them in two contexts."
+                )
+            if self._time_is_mixed and any(part.ndim > dims for part in found):
+                names = [repr(target) for target in self._targets.values()]
+                raise TargetError(
+                    f"{', '.join(names)}: the model is recurrent over the last batch dimension, so each "
+                    "step's inputs bear on all later steps' outputs. Say which step is explained: "
+                    "AtStep(target, -1) for the last one."
+                )
             start = 0
             for name, values in zip(self._targets, found, strict=True):
                 self.slices[name] = slice(start, start + values.shape[-1])
@@ -136,6 +157,7 @@ class Score:
             dimensions.
         rows: The most rows of one stacked evaluation; chosen by the inputs' size if None.
         overwrites: Whether the model writes into its inputs, so that it has to be given copies.
+        baselines: What inputs are explained against; zeros if None.
     """
 
     def __init__(
@@ -149,12 +171,14 @@ class Score:
         layouts: dict[int, str],
         rows: int | None = None,
         overwrites: bool = False,
+        baselines: tuple[Tensor, ...] | None = None,
     ) -> None:
         self._run, self._rules = run, rules
         self._template, self._keys = template, tuple(keys)
         self._targets, self._layouts = targets, layouts
         self._rows, self._overwrites = rows, overwrites
         self.inputs = inputs
+        self.baselines = baselines or tuple(torch.zeros_like(x) for x in inputs)
         self.batch = template.batch_size
 
     def scores(self, points: Sequence[Tensor]) -> Tensor:
@@ -187,11 +211,14 @@ class Score:
         scores: list[Tensor] = []
         for start in range(0, len(nodes), chunk):
             part, weight = nodes[start : start + chunk], weights[start : start + chunk]
+            # Slopes at nodes that do not count may be infinite, and 0 · ∞ is not 0.
+            counted = weight != 0
+            counts = slice(None) if counted.all() else counted
             points = [point.detach().requires_grad_() for point in path(part)]
             found = self._evaluate(layout, points)
-            weight = weight.to(found.dtype).reshape(-1, *[1] * (found.ndim - 1))
+            weight = weight.to(found).reshape(-1, *[1] * (found.ndim - 1))
             summed = [
-                torch.stack([g.sum(0) for g in grads])
+                torch.stack([g[counts].sum(0) for g in grads])
                 for grads in zip(*gradients(found, points, weight), strict=True)
             ]
             scores.append(found.detach())
@@ -212,7 +239,7 @@ class Score:
         name = self._layouts.get(len(self.batch))
         if name is None:
             with torch.no_grad():
-                name = verified(self._evaluate, self.inputs)
+                name = verified(self._evaluate, self.inputs, self.baselines)
             self._layouts[len(self.batch)] = name
         return LAYOUTS[name]
 

@@ -7,12 +7,14 @@ parameter with the original, is in evaluation mode, and owns what a run may writ
 
 from __future__ import annotations
 
+import collections
+import copy
 import functools
 import types
 from typing import Any
 
 import torch
-from tensordict import TensorDictParams
+from tensordict import TensorDictBase, TensorDictParams
 from torch import nn
 
 from tdhook_like.paths import unwrapped
@@ -87,6 +89,16 @@ class Shadow:
             arguments = [self._remade(item, depth - 1) for item in value.args]
             keywords = {key: self._remade(item, depth - 1) for key, item in value.keywords.items()}
             return functools.partial(function, *arguments, **keywords)
+        if isinstance(value, torch.Generator):
+            return value.clone_state()
+        if isinstance(value, TensorDictBase):
+            return value.clone()
+        if isinstance(value, collections.deque) and depth:
+            return type(value)((self._remade(v, depth - 1) for v in value), value.maxlen)
+        if isinstance(value, collections.OrderedDict | collections.defaultdict) and depth:
+            twin = copy.copy(value)
+            twin.update((key, self._remade(item, depth - 1)) for key, item in value.items())
+            return twin
         if type(value) is torch.Tensor:  # state in a plain attribute: a run may write it in place
             return value.detach().clone()
         kind: Any = type(value)

@@ -116,7 +116,11 @@ def write_attribution(context: HookContext, td: TensorDictBase, found: Written) 
             _write_calls(td, (method.at_root, *named), path, calls)
         if attribution.gap is not None:
             path = (method.gap_root, *named)
-            place(td, path[:-1], path[-1:], one(attribution.gap.unbind(-1)))
+            gap = one(attribution.gap.unbind(-1))
+            if gap.ndim < td.batch_dims:  # one gap per trajectory, at each of its steps
+                gap = gap.reshape((*gap.shape, *[1] * (td.batch_dims - gap.ndim)))
+                gap = gap.expand(td.batch_size).clone()
+            place(td, path[:-1], path[-1:], gap)
     for path in context.activations.modules if context.activations else ():
         calls = [
             found.captured.batch_first(value.detach().clone(), path, i, found.dims)

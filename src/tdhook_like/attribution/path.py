@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tdhook_like.attribution.method import Attribution, PathMethod
 from tdhook_like.baselines import BaselineSpec
-from tdhook_like.errors import InputError
+from tdhook_like.errors import InputError, TargetError
 from tdhook_like.score import Score
 
 __all__ = ["IntegratedGradients", "quadrature"]
@@ -136,10 +136,15 @@ class IntegratedGradients(PathMethod):
                 for b, way in zip(baselines, ways, strict=True)
             ]
 
-        device = score.inputs[0].device
-        grads, scores = score.path_gradient(path, nodes.to(device), weights.to(device))
+        grads, scores = score.path_gradient(path, nodes, weights)
+        if not torch.isfinite(scores[:2]).all():
+            end = "input" if torch.isfinite(scores[0]).all() else "baseline"
+            raise TargetError(
+                f"The target is NaN or Inf at the {end}, so there is no change of it to attribute. "
+                "Take another baseline, or explain other elements."
+            )
         found = [way * g for way, g in zip(ways, grads, strict=True)]
-        dims = len(score.batch)
+        dims = scores.ndim - 2  # fewer than the batch has where a trajectory is one element
         total = sum(a.flatten(dims + 1).sum(-1) if a.ndim > dims + 1 else a for a in found)
         assert isinstance(total, Tensor)
         change = scores[1] - scores[0]

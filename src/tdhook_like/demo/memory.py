@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule, TensorDictSequential
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
 from torch import Tensor, nn
 from torchrl.data import Binary, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase, InitTracker, TransformedEnv
@@ -166,6 +166,46 @@ def accuracy(policy: TensorDictSequential, td: TensorDictBase) -> float:
     with torch.no_grad(), set_recurrent_mode("recurrent"):
         actions = policy(td.clone())["action"]
     return (actions[:, -1] == answers(td)).float().mean().item()
+
+
+class LastAnswer(TensorDictModuleBase):
+    """The policy as a map from whole episodes to their answers: what one explains here.
+
+    The time dimension belongs to the keys, not to the batch: from `cue`, shape [*B, steps, 1], and
+    `noise`, shape [*B, steps, 2], to the last step's `logits`, shape [*B, 2], and `action`, shape
+    [*B]. So a target is one number per episode, and its attributions have a value per step.
+
+    Args:
+        policy: from `train_memory` or `make_memory_policy`.
+
+    Example:
+        >>> td = recorded_episodes(4)
+        >>> td.batch_size = [4]
+        >>> LastAnswer(make_memory_policy())(td)["logits"].shape
+        torch.Size([4, 2])
+    """
+
+    def __init__(self, policy: TensorDictSequential) -> None:
+        super().__init__()
+        self.in_keys = ["cue", "noise"]
+        self.out_keys = ["logits", "action"]
+        self.policy = policy
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Plays the episodes through and writes the last step's outputs."""
+        cue, noise = tensordict["cue"], tensordict["noise"]
+        first = torch.arange(cue.shape[-2], device=cue.device) == 0
+        whole = TensorDict(
+            cue=cue,
+            noise=noise,
+            is_init=first.unsqueeze(-1).expand(*cue.shape[:-1], 1),
+            batch_size=cue.shape[:-1],
+        )
+        with set_recurrent_mode("recurrent"):
+            played = self.policy(whole)
+        tensordict["logits"] = played["logits"][..., -1, :]
+        tensordict["action"] = played["action"][..., -1]
+        return tensordict
 
 
 def train_memory(seed: int = 0, *, updates: int = 400, batch: int = 128) -> TensorDictSequential:

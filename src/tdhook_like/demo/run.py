@@ -18,7 +18,7 @@ from torchrl.envs import ExplorationType, set_exploration_type
 from tqdm import tqdm
 
 from tdhook_like import LRP, InputXGradient, IntegratedGradients, Method, Taken
-from tdhook_like.attribution.lrp import EpsilonPlus
+from tdhook_like.attribution.lrp import EpsilonPlus, GammaRule, Rule
 from tdhook_like.demo.cartpole import (
     CAUSES,
     EPISODE,
@@ -34,10 +34,19 @@ from tdhook_like.metrics import KeyShares, key_shares
 __all__ = ["Findings", "explain", "main", "report"]
 
 TARGET = Taken("logits").against_rest()
-"""Why this action rather than the other one."""
+"""Why this action rather than the other one: the logit's lead."""
+
+LEAD = "the lead of the action taken"
+"""The target in words, for pictures."""
+
+
+def gamma_below(path: str, module: nn.Module) -> Rule | None:
+    """Gamma on all dense layers but the last: epsilon alone is input × gradient on a ReLU net."""
+    return GammaRule(0.25) if isinstance(module, nn.Linear) and module.out_features > 2 else None
+
 
 METHODS: dict[str, Method] = {
-    "LRP": LRP(EpsilonPlus(), TARGET),
+    "LRP": LRP(EpsilonPlus(rule_mapper=gamma_below), TARGET),
     "integrated gradients": IntegratedGradients(TARGET, n_steps=64),
     "input × gradient": InputXGradient(TARGET),
 }
@@ -102,9 +111,7 @@ def play(policy: nn.Module, episodes: int, seed: int, label: str) -> TensorDictB
             with set_exploration_type(ExplorationType.DETERMINISTIC), torch.no_grad():
                 env = make_env(seed + i)
                 rollouts.append(
-                    env.rollout(
-                        EPISODE, policy=cast(Any, policy), callback=lambda *_: bar.update()
-                    )
+                    env.rollout(EPISODE, policy=cast(Any, policy), callback=lambda *_: bar.update())
                 )
                 env.close()
     return cast(TensorDict, torch.stack([r[: min(map(len, rollouts))] for r in rollouts]))
@@ -214,17 +221,16 @@ def draw(found: Findings, folder: Path) -> list[Path]:
     """The pictures: per-key bars, an episode as a heat map, one decision as a waterfall."""
     from tdhook_like.viz import episode_heatmap, key_bars, waterfall
 
-    target = "the action taken, against the other one"
     truth = {key: found.returns - value for key, value in found.without.items()}
     paths = [folder / name for name in ("keys.png", "episode.png", "decision.png")]
     key_bars(
-        found.shares, target=target, truth=truth, truth_label="return lost without it", path=paths[0]
+        found.shares, target=LEAD, truth=truth, truth_label="return lost without it", path=paths[0]
     )
     episode = {key: found.rollout["LRP", "attr", key][0] for key in KEYS}
     episode_heatmap(
         episode,
         found.rollout["action"][0],
-        target=target,
+        target=LEAD,
         feature_names=FEATURES,
         action_names=["push left", "push right"],
         path=paths[1],
@@ -237,7 +243,7 @@ def draw(found: Findings, folder: Path) -> list[Path]:
     waterfall(
         parts,
         total=total,
-        target=f"{target} (episode 0, step {step})",
+        target=f"{LEAD} (episode 0, step {step})",
         bias=total - sum(parts.values()),
         path=paths[2],
     )
@@ -263,10 +269,10 @@ def main(folder: str = "demo_out", episodes: int = 4, seed: int = 0) -> int:
     whole = all(torch.equal(loaded[k], v) for k, v in found.rollout.items(True, True))
     pictures = draw(found, out)
     print("\n" + report(found))
-    print(f"attributions             {out / 'attributions'} ({'loads back' if whole else 'DAMAGED'})")
+    print(
+        f"attributions             {out / 'attributions'} ({'loads back' if whole else 'DAMAGED'})"
+    )
     print(f"pictures                 {', '.join(str(path) for path in pictures)}")
     verdict = found.passed and whole
     print("\n" + ("Attribution and ground truth agree." if verdict else "THEY DO NOT AGREE."))
     return 0 if verdict else 1
-
-

@@ -7,8 +7,8 @@ without a penalty the network goes on reading the distractors, attribution metho
 and the demo's truth "the distractors do not matter" would hold for the return but not for the
 logits. The penalty treats all inputs alike; only those that earn something keep their weights.
 
-Takes one to three minutes, then measures what the policy relies on and writes the
-weights and a record beside this file.
+Takes one to three minutes, then measures what the policy relies on and writes the weights and a
+record beside this file.
 """
 
 from __future__ import annotations

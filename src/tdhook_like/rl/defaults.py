@@ -51,20 +51,20 @@ def torchrl_target(model: nn.Module) -> Target | None:
     >>> torchrl_target(TensorDictSequential(critic))
     Output('state_value')
     """
-    critic = _last(model)
+    last = _last(model)
     # An ActorCriticOperator is an ActorValueOperator whose get_value_operator() raises.
     paired = isinstance(model, ActorValueOperator | ActorCriticWrapper)
-    if isinstance(critic, ValueOperator) or (paired and isinstance(critic, TensorDictModuleBase)):
-        return Output(critic.out_keys[-1])
+    if isinstance(last, ValueOperator) or (paired and isinstance(last, TensorDictModuleBase)):
+        return Output(last.out_keys[-1])
     for part in reversed(list(model.modules())):
         if isinstance(part, DistributionalQValueModule):
             return ExpectedValue(part)
         if isinstance(part, QValueModule):
             return Output(part.out_keys[-1])
-    if isinstance(critic, NOISE):
+    if isinstance(last, NOISE):
         raise TargetError(
-            f"{type(critic).__name__} changes {critic.out_keys[0]!r} after the policy has written it. "
-            "Explain the policy in front of the noise, TensorDictSequential(hooked_policy, noise), or "
+            f"{type(last).__name__} changes {last.out_keys[0]!r} after the policy has written it. "
+            "Explain the policy in front of it, TensorDictSequential(hooked_policy, noise), or "
             f"name a target: the model writes {listed(getattr(model, 'out_keys', ()))}."
         )
     return None

@@ -15,12 +15,14 @@ The grammar, from short to long:
 ``Taken("logits") - ("logits", 0)``         a contrast; ``.against_rest()`` for "all others"
 ``lambda td: …``                            any function of the outputs
 ``Each("logits")``                          every entry as its own target
+``AtStep(("logits", 2), -1)``               one time step of a recurrent model over ``[*B, time]``
 ``{"left": …, "right": …}``                 several named targets from one forward
 ==========================================  =====================================================
 """
 
 from tdhook_like.targets.base import Pick, Reference, Target
 from tdhook_like.targets.composed import (
+    AtStep,
     Contrast,
     Each,
     Function,
@@ -33,6 +35,7 @@ from tdhook_like.targets.entries import Greedy, Output, Taken
 from tdhook_like.targets.log_prob import LogProb
 
 __all__ = [
+    "AtStep",
     "Contrast",
     "Each",
     "Function",

@@ -19,6 +19,7 @@ from tdhook_like.targets.base import Index, Pick, Reference, Target, check_index
 from tdhook_like.targets.entries import Output
 
 __all__ = [
+    "AtStep",
     "Contrast",
     "Each",
     "Entry",
@@ -97,12 +98,60 @@ class Each(Target):
 
 
 @dataclass(frozen=True)
+class AtStep(Target):
+    """Another target at one time step: one number per trajectory, explained at every step.
+
+    A recurrent model run over ``[*B, time]`` makes a step's output depend on earlier steps' inputs,
+    so which step is meant has to be said. Time is the last batch dimension.
+
+    Args:
+        of: One number per batch element.
+        step: Which step; the last one by default.
+
+    >>> AtStep(("logits", 1))
+    AtStep(of=Output('logits', 1), step=-1)
+    """
+
+    of: Target
+    step: int
+
+    def __init__(self, of: TargetSpec, step: int = -1) -> None:
+        object.__setattr__(self, "of", as_target(of))
+        object.__setattr__(self, "step", step)
+
+    @property
+    def reads_keys(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.of.reads_keys
+
+    @property
+    def reads(self) -> tuple[NestedKey, ...]:
+        return self.of.reads
+
+    def bind(self, reference: Reference) -> Pick:
+        inner = self.of.bind(reference)
+        batch = tuple(reference.outputs.batch_size)
+        if not batch or not -batch[-1] <= self.step < batch[-1]:
+            raise TargetError(
+                f"{self!r}: time is the last batch dimension, and the batch is {batch}: there is no "
+                f"step {self.step}."
+            )
+
+        def pick(outputs: TensorDictBase, dims: int) -> Tensor:
+            values = columns(self.of, inner(outputs, dims), dims, outputs.batch_size)
+            return values.select(dims - 1, self.step).squeeze(-1)
+
+        return pick
+
+
+@dataclass(frozen=True)
 class Function(Target):
     """Any function of the outputs.
 
     Args:
         function: From a TensorDict with batch shape ``batch`` to a tensor ``[*batch]`` or
-            ``[*batch, 1]``. It must treat batch elements apart.
+            ``[*batch, 1]``, or with fewer of the batch dimensions, for one number per trajectory.
+            It must treat batch elements apart, and further ones may stand in front: index from
+            the end.
 
     >>> Function(lambda td: td["logits"].logsumexp(-1))  # doctest: +ELLIPSIS
     Function(<lambda>)
@@ -128,7 +177,8 @@ class Function(Target):
             values = self.function(outputs)
             if not isinstance(values, Tensor):
                 raise TargetError(f"{self!r} gave {type(values).__name__}; it must give a tensor.")
-            if values.shape[:dims] != outputs.batch_size:
+            trajectory = values.ndim == dims - 1 > 0
+            if values.shape[:dims] != outputs.batch_size[: dims - trajectory]:
                 raise TargetError(
                     f"{self!r} gave shape {tuple(values.shape)} for a batch of "
                     f"{tuple(outputs.batch_size)}: it must give one number per batch element."
@@ -226,6 +276,8 @@ def columns(target: Target, values: Tensor, dims: int, batch: torch.Size) -> Ten
             message lists what could be meant.
     """
     shape = values.shape
+    if len(shape) == dims - 1 > 0 and shape == batch[:-1]:
+        return values.unsqueeze(-1)  # one number per trajectory
     if shape[:dims] != batch:
         raise TargetError(
             f"{target!r} has shape {tuple(shape)}, which does not begin with the batch dimensions "
