@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import re
 import sys
 import types
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -50,9 +52,8 @@ class Example:
 
 def examples(page: str) -> list[Example]:
     found: list[Example] = []
-    blocks = list(FENCE.finditer(page))
-    for block, after in zip(blocks, [*blocks[1:], None], strict=True):
-        if block[1] != "python" or block[2] == "no-run":
+    for block, after in pairwise([*FENCE.finditer(page), None]):
+        if block is None or block[1] != "python" or block[2] == "no-run":
             continue
         follows = after is not None and not page[block.end() : after.start()].strip()
         output = after if after is not None and follows and after[1] == "text" else None
@@ -142,13 +143,46 @@ def _is_rule(value: object) -> bool:
 
 
 @needs_docs
-def test_the_plan_of_the_rooms_names_what_is_there_and_all_of_it():
+def test_the_list_of_rooms_names_every_file_and_nothing_else():
+    rooms = listed_rooms()
+    assert [room for room in rooms if not (SOURCES / room).exists()] == []
+    files = {path.relative_to(SOURCES).as_posix() for path in SOURCES.rglob("*.py")}
+    assert sorted(file for file in files if "__" not in file and room_of(file, rooms) is None) == []
+
+
+@needs_docs
+def test_imports_point_down_the_list_of_rooms():
+    rooms = listed_rooms()
+    upwards = []
+    for path in SOURCES.rglob("*.py"):
+        file = path.relative_to(SOURCES).as_posix()
+        room = room_of(file, rooms)
+        for imported in imports(path):
+            other = room_of(imported, rooms)
+            if room and other and rooms.index(other) < rooms.index(room):
+                upwards.append(f"{file} imports {imported}")
+    assert upwards == []
+
+
+def listed_rooms() -> list[str]:
+    """Files and directories (with a slash behind) in the order of the tables of the design."""
     page = (DOCS / "design.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"`([a-z_]+(?:/[a-z_]+)*(?:/|\.py))`", page))
-    assert [name for name in sorted(named) if not (SOURCES / name).exists()] == []
-    there = {path.name for path in SOURCES.glob("*.py") if not path.name.startswith("__")}
-    there |= {f"{path.parent.relative_to(SOURCES)}/" for path in SOURCES.glob("*/**/__init__.py")}
-    assert sorted(there - named) == []
+    return re.findall(r"^\| `([a-z_/]+(?:/|\.py))` \|", page, re.MULTILINE)
+
+
+def room_of(file: str, rooms: list[str]) -> str | None:
+    """Where in the list a file or a package stands: by itself, or within a directory."""
+    return next((r for r in rooms if r == file or (r[-1] == "/" and file.startswith(r))), None)
+
+
+def imports(path: Path) -> list[str]:
+    """The files and packages of the library that a file imports as it is loaded."""
+    found = []
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tdhook_like."):
+            name = str(node.module).removeprefix("tdhook_like.").replace(".", "/")
+            found.append(f"{name}/" if (SOURCES / name).is_dir() else f"{name}.py")
+    return found
 
 
 def test_numbers_may_differ_by_one_in_their_last_digit_and_words_not_at_all():

@@ -278,6 +278,31 @@ def test_a_rule_before_an_in_place_successor_sees_what_the_layer_gave():
         torch.testing.assert_close(found[0].get(key), found[1].get(key), rtol=1e-12, atol=0)
 
 
+def test_a_module_under_two_names_has_the_rule_of_the_first_one_that_has_one():
+    net = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    net.add_module("again", net[0])
+    td, rules = inputs(4), {"0": EpsilonRule(0.5), "again": EpsilonRule(5.0)}
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net[2](self.net[1](self.net[0](x)))
+
+    def explained(names: list[str]) -> Tensor:
+        mapper = {f"net.{name}": rules[name] for name in names}.get
+        method = LRP(lambda path, module: mapper(path), ("y", 0))
+        context = method.prepare(Twice(), ["x"], ["y"])
+        assert [line.path for line in context.plan.lines] == [f"net.{names[0]}"]
+        with context as hooked:
+            return hooked(td.clone())["attr", "x"]
+
+    assert torch.equal(explained(["0", "again"]), explained(["0"]))
+    assert not torch.allclose(explained(["again"]), explained(["0"]))
+
+
 # --- stacked agents -------------------------------------------------------------------------------
 
 

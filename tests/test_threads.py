@@ -12,7 +12,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
-from torch import nn
+from torch import Tensor, nn
 
 from pristine import assert_same, bits, snapshot
 from tdhook_like import LRP, EpsilonPlus, InputXGradient, IntegratedGradients, Saliency
@@ -175,6 +175,92 @@ def test_a_model_that_trains_in_one_thread_can_be_observed_in_another(method):
         return {name: bits(value) for name, value in model.state_dict().items()}
 
     assert trained(METHODS[method](("logits", 0))) == trained(None)
+
+
+# --- random numbers -------------------------------------------------------------------------------
+
+DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "dropout": lambda x: nn.functional.dropout(x, 0.5, training=True),
+    "rand": lambda x: x * (0.5 + torch.rand(x.shape[-1])),
+    "rand_like": lambda x: x * (0.5 + torch.rand_like(x)),
+    "randn_like": lambda x: x + torch.randn_like(x),
+    "normal": lambda x: x + torch.normal(torch.zeros_like(x), torch.ones_like(x)),
+    "normal of numbers": lambda x: x + torch.normal(0.0, 1.0, x.shape[-1:]),
+    "bernoulli": lambda x: x * torch.bernoulli(torch.full_like(x, 0.5)),
+    "randint": lambda x: x * torch.randint(1, 5, x.shape[-1:]),
+    "randperm": lambda x: x[..., torch.randperm(x.shape[-1])],
+    "multinomial": lambda x: x * torch.multinomial(torch.ones(4), 1),
+    "in place": lambda x: x + torch.zeros_like(x).uniform_() + torch.zeros(4).exponential_(),
+    "gamma": lambda x: x * torch.distributions.Gamma(2.0, 1.0).sample((4,)),
+    "dirichlet": lambda x: x * torch.distributions.Dirichlet(torch.ones(4)).sample(),
+    "poisson": lambda x: x * (1 + torch.poisson(torch.ones(4))),
+    "rrelu": lambda x: nn.functional.rrelu(x, training=True),
+    "now and then": lambda x: x * torch.rand(4) if bool((x.detach() > 0).all()) else x,
+}
+
+
+def drawing(kind: str) -> Any:
+    class Draws(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(DRAWS[kind](x))
+
+    return TensorDictModule(Draws(), ["observation"], ["logits"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", DRAWS)
+def test_what_a_model_draws_while_it_is_observed_is_not_drawn_from_shared_generators(kind, method):
+    model, td = drawing(kind), inputs()
+    state = torch.get_rng_state()
+    with METHODS[method](("logits", 0)).prepare(model) as hooked:
+        for x in (-torch.rand(5, 4), torch.rand(5, 4)):
+            state = torch.get_rng_state()
+            hooked.observe(td.set("observation", x))
+            assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", DRAWS)
+def test_driving_draws_what_the_plain_call_draws_and_no_more(kind, method):
+    model, td = drawing(kind), inputs()
+    with METHODS[method](("logits", 0)).prepare(model) as hooked:
+        for x in (-torch.rand(5, 4), torch.rand(5, 4)):
+            td["observation"] = x
+            state = torch.get_rng_state()
+            plain = model(td.clone())["logits"]
+            after = torch.get_rng_state()
+            torch.set_rng_state(state)
+            assert bits(hooked(td.clone())["logits"]) == bits(plain)
+            assert torch.equal(torch.get_rng_state(), after)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_other_threads_draw_is_neither_repeated_nor_skipped_while_a_model_is_observed(method):
+    model = drawing("dropout")
+    observed = [inputs() for _ in range(3)]
+    torch.manual_seed(0)
+    expected = torch.rand(3000)
+    torch.manual_seed(0)
+    drawn: list[float] = []
+    done = threading.Event()
+
+    def draw(_: int) -> None:
+        try:
+            drawn.extend(torch.rand(1).item() for _ in range(3000))
+        finally:
+            done.set()
+
+    def observe(_: int) -> None:
+        with METHODS[method](("logits", 0)).prepare(model) as hooked:
+            while not done.is_set():
+                hooked.observe(observed[0].clone())
+
+    assert in_threads(2, lambda i: (draw, observe)[i](i)) == []
+    assert drawn == expected.tolist()
 
 
 # --- what a call leaves behind --------------------------------------------------------------------

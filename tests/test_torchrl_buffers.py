@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.data import (
     LazyMemmapStorage,
@@ -17,6 +18,8 @@ from torchrl.data import (
     SamplerWithoutReplacement,
     TensorDictReplayBuffer,
 )
+from torchrl.envs.utils import ExplorationType, exploration_type, set_exploration_type
+from torchrl.modules import ProbabilisticActor
 
 from pristine import assert_same, snapshot
 from tdhook_like import (
@@ -120,6 +123,25 @@ def test_observing_in_another_thread_rewinds_nothing_that_is_drawn_meanwhile(dra
         first = torch.rand(4)
         thread.join()
         assert torch.equal(torch.cat([first, torch.rand(4)]), expected)
+
+
+def test_observing_in_another_thread_leaves_the_exploration_type_alone():
+    # It is one for the whole process: a collector explores by it while samples are explained.
+    net = TensorDictModule(
+        nn.Sequential(Slow(draws=False), nn.Linear(1, 3)), in_keys=["x"], out_keys=["logits"]
+    )
+    policy = ProbabilisticActor(
+        net, in_keys=["logits"], distribution_class=torch.distributions.Categorical
+    )
+    with Saliency(("logits", 0)).prepare(policy) as hooked:
+        td = TensorDict({"x": torch.ones(1, 2)}, [1])
+        thread = threading.Thread(target=hooked.observe, args=(td,))
+        thread.start()
+        time.sleep(0.05)
+        with set_exploration_type(ExplorationType.RANDOM):
+            thread.join()
+            assert exploration_type() is ExplorationType.RANDOM
+        assert exploration_type() is None
 
 
 def test_a_buffer_does_not_switch_or_move_the_model_of_its_transform(tmp_path):

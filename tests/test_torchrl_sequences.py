@@ -27,7 +27,6 @@ from tdhook_like import (
     IntegratedGradients,
     Saliency,
     TargetError,
-    TdhookLikeError,
 )
 from tdhook_like.attribution.lrp import (
     AlphaBetaRule,
@@ -206,14 +205,21 @@ def test_each_member_of_an_ensemble_is_explained_by_its_own_gradient():
     torch.testing.assert_close(found["attr", "observation"], gradients_of_members(model, td))
 
 
-def test_an_ensemble_is_observed_into_a_td_with_a_place_for_every_member():
+def test_an_observed_ensemble_has_its_members_behind_the_batch():
     model, td = make_ensemble()
     with signed().prepare(model) as hooked:
-        found = hooked.observe(td, tensordict_out=TensorDict({}, [3, B]))
-        torch.testing.assert_close(found["attr", "observation"], gradients_of_members(model, td))
-        with pytest.raises(TdhookLikeError, match="tensordict_out"):
-            hooked.observe(td)
-    assert set(td.keys()) == {"observation"}
+        found = hooked.observe(td)["attr", "observation"]
+    torch.testing.assert_close(found.movedim(1, 0), gradients_of_members(model, td))
+    assert set(td.keys()) == {"observation", "attr"}
+
+
+def test_the_members_of_an_ensemble_are_integrated_apart():
+    model, td = make_ensemble()
+    with IntegratedGradients(n_steps=64, gap_tolerance=None).prepare(model) as hooked:
+        found = hooked(td)
+    change = model(td)["value"] - model(td.apply(torch.zeros_like))["value"]
+    total = found["attr", "observation"].sum(-1, keepdim=True)
+    torch.testing.assert_close(total, change, rtol=0.05, atol=0.01)
 
 
 def test_a_critic_of_a_sac_loss_is_explained_with_the_weights_that_the_loss_trains():

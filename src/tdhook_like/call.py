@@ -31,7 +31,7 @@ from tdhook_like.runner import Undo, direct
 from tdhook_like.score import Captured, Evaluation, Score, TargetColumns
 from tdhook_like.shadow import Shadow
 from tdhook_like.targets import AtStep, Reference
-from tdhook_like.writing import Written, write_attribution, write_outputs
+from tdhook_like.writing import Written, results, write, write_outputs
 
 if TYPE_CHECKING:
     from tdhook_like.context import HookContext
@@ -85,8 +85,10 @@ class Call:
                 own = self._own
                 with _gradients(inference), ForeignDraws():
                     found = self._explained(outputs)
+            batch = destination.batch_size if own is None else own.batch_size
+            made = results(self._context, batch, found)
             result = write_outputs(self._context, self._td, outputs, destination, own)
-            write_attribution(self._context, result, found)
+            write(self._context, result, made, found)
         except BaseException:
             undo.all()
             raise
@@ -97,7 +99,12 @@ class Call:
         self._check_destination(destination, self._context.written())
         with _gradients(torch.is_inference_mode_enabled()), ForeignDraws():
             found = self._explained(None)
-        write_attribution(self._context, destination, found)
+        write(
+            self._context,
+            destination,
+            results(self._context, destination.batch_size, found),
+            found,
+        )
         return destination
 
     def _is_one_run(self, grads: bool, inference: bool) -> bool:
@@ -134,10 +141,14 @@ class Call:
             outputs = direct(shadow.model, td)
             if not moved(state):
                 return outputs
-            # Until now it did not draw (exploration was off, say): from now on it has its own.
-            restore_rng(state)
-        with OwnDraws() as draws:
-            outputs = direct(shadow.model, td)
+            # Either the model draws by now (exploration was off before, say), or another thread has.
+            with OwnDraws() as draws:
+                direct(Shadow(context.model).model, td)
+            if draws.drew:
+                restore_rng(state)
+        else:
+            with OwnDraws() as draws:
+                outputs = direct(shadow.model, td)
         context.draws = draws.drew
         return outputs
 
@@ -172,9 +183,8 @@ class Call:
             self._declared(reference)
         method = self._method
         if isinstance(method, GradientMethod):
-            return self._combined(
-                method, *self._evaluate(self._filled(run), shadow.of, reference, observed=True)
-            )
+            evaluated = self._evaluate(self._filled(run), shadow.of, reference, observed=True)
+            return self._combined(method, *evaluated, driven=plain is not None)
         assert isinstance(method, PathMethod)
         return self._along_path(method, run, shadow, reference)
 
@@ -205,7 +215,8 @@ class Call:
         own = outputs.batch_dims - self._td.batch_dims
         if own and not self._undeclared:
             scores = scores.flatten(0, own - 1).movedim(0, -2).flatten(-2)
-        return Evaluation(tuple(leaves.values()), outputs, scores, captured), targets
+        stops = context.plan is not None and context.plan.stops
+        return Evaluation(tuple(leaves.values()), outputs, scores, captured, stops), targets
 
     def _filled(self, run: Run) -> RunAt:
         """``run`` on a private copy of a TensorDict with other values at some keys."""
@@ -220,14 +231,19 @@ class Call:
         return run_at
 
     def _combined(
-        self, method: GradientMethod, evaluation: Evaluation, targets: TargetColumns
+        self,
+        method: GradientMethod,
+        evaluation: Evaluation,
+        targets: TargetColumns,
+        driven: bool = True,
     ) -> Written:
         self._check_reached()
         attribution = method.attribute(evaluation)
         dims = evaluation.outputs.batch_dims
         members = evaluation.outputs.batch_size[: dims - self._td.batch_dims]
         if members and not self._undeclared:
-            attribution = by_member(attribution, members)
+            # In front, as in the TensorDict that the model returns; behind in one of the caller's.
+            attribution = by_member(attribution, members, 0 if driven else self._td.batch_dims)
         return self._result(attribution, targets, dims, evaluation.captured)
 
     def _along_path(

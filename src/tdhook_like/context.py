@@ -12,6 +12,7 @@ from tensordict.utils import NestedKey
 from torch import nn
 
 from tdhook_like.attribution.lrp.plan import RulePlan
+from tdhook_like.attribution.lrp.rule import changes
 from tdhook_like.baselines import check as check_baselines
 from tdhook_like.call import Call
 from tdhook_like.defaults import default_target, recurrent_modules
@@ -81,7 +82,7 @@ class HookContext:
         self.captures: dict[str, nn.Module] = {}
         for selection in (self.at, self.activations):
             self.captures.update(selection.modules if selection else {})
-        self.plan = RulePlan(self.tree, method.rules) if method.rules is not None else None
+        self._plan = self._planned()
         self.runner = Runner(self.module, self.model)
         self.reads_keys = all(target.reads_keys for target in self.targets.values())
         #: How further evaluations are stacked, by the number of batch dimensions.
@@ -150,6 +151,19 @@ class HookContext:
                 shortest((method.gap_root, n) if n else (method.gap_root,)) for n in self.targets
             ]
         return found
+
+    @property
+    def plan(self) -> RulePlan | None:
+        """Which rule every submodule gets, or None for a method without rules."""
+        if self._plan is not None and self._plan.changes != changes():
+            self._plan = self._planned()  # a rule was put on or taken off by hand
+        return self._plan
+
+    def _planned(self) -> RulePlan | None:
+        mapper = self.method.rules
+        if mapper is None:
+            return None
+        return RulePlan(self.tree, mapper, getattr(self.method, "feeds_zeros", False))
 
     @property
     def time_is_mixed(self) -> bool:

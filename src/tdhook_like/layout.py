@@ -95,6 +95,7 @@ def verified(
     score: Callable[[Layout, Sequence[Tensor]], Tensor],
     inputs: Sequence[Tensor],
     baselines: Sequence[Tensor],
+    what: str,
 ) -> str:
     """The name of the first layout under which stacking changes nothing.
 
@@ -106,6 +107,7 @@ def verified(
         inputs: The real ones, ``[*B, *features]`` each.
         baselines: Where paths begin, of the same shapes. Points between the two are in the model's
             domain, where others might not be.
+        what: What the scores are of, for messages.
 
     Raises:
         TargetError: If the real inputs' scores are not finite.
@@ -116,7 +118,7 @@ def verified(
     ways = list(zip(inputs, baselines, strict=True))
     stacked = [torch.stack([b + 0.25 * (x - b), x, b + 0.75 * (x - b)]) for x, b in ways]
     if not torch.isfinite(alone).all():
-        raise TargetError("The target is NaN or Inf at the input that is to be explained.")
+        raise TargetError(f"{what} is NaN or Inf at the input that is to be explained.")
     for name, layout in LAYOUTS.items():
         try:
             row = score(layout, stacked)[1]

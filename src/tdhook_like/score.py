@@ -99,6 +99,9 @@ class TargetColumns:
         self._picks: list[Pick] = [t.bind_column(reference) for t in targets.values()]
         self.slices: dict[str | None, slice] = {}
 
+    def __repr__(self) -> str:
+        return ", ".join(repr(target) for target in self._targets.values())
+
     def __call__(self, outputs: TensorDictBase | View, dims: int) -> Tensor:
         """Scores ``[*batch, T]`` of outputs with ``dims`` batch dimensions."""
         batch = outputs.batch_size
@@ -135,12 +138,14 @@ class Evaluation:
         outputs: What the model wrote.
         scores: ``[*B, T]``.
         captured: What flowed out of the chosen submodules.
+        stopped: Whether a rule may let nothing pass, so that no gradient is an answer, too.
     """
 
     leaves: tuple[Tensor, ...]
     outputs: TensorDictBase | View
     scores: Tensor
     captured: Captured
+    stopped: bool = False
 
 
 class Score:
@@ -185,6 +190,11 @@ class Score:
         """Scores ``[k, *B, T]`` at stacked inputs ``[k, *B, *features]``, without a graph."""
         with torch.no_grad():
             return self._evaluate(self._layout(), points)
+
+    @property
+    def what(self) -> str:
+        """What is explained, in words for messages."""
+        return repr(self._targets)
 
     def chunk(self) -> int:
         """How many stacked evaluations keep peak memory bounded and the work in the caches."""
@@ -239,7 +249,7 @@ class Score:
         name = self._layouts.get(len(self.batch))
         if name is None:
             with torch.no_grad():
-                name = verified(self._evaluate, self.inputs, self.baselines)
+                name = verified(self._evaluate, self.inputs, self.baselines, repr(self._targets))
             self._layouts[len(self.batch)] = name
         return LAYOUTS[name]
 
@@ -250,6 +260,7 @@ def gradients(
     weight: Tensor | None = None,
     *,
     create_graph: bool = False,
+    stopped: bool = False,
 ) -> list[tuple[Tensor, ...]]:
     """The gradient of every column of ``scores`` with respect to every input.
 
@@ -258,6 +269,7 @@ def gradients(
         inputs: What the scores depend on.
         weight: What each score counts, broadcasting to ``scores``; one if None.
         create_graph: Whether the gradients can be differentiated again.
+        stopped: Whether it is right that nothing arrives; the gradients are zeros then.
 
     Returns:
         For each of the T columns, a tuple of gradients of the inputs' shapes; zeros where an input
@@ -266,9 +278,11 @@ def gradients(
     Raises:
         TargetError: If the scores depend on none of the inputs in a differentiable way.
     """
-    if not scores.requires_grad:
-        raise TargetError(_NO_PATH)
     n = scores.shape[-1]
+    if not scores.requires_grad:
+        if stopped:
+            return [tuple(torch.zeros_like(x) for x in inputs)] * n
+        raise TargetError(_NO_PATH)
     whole = scores.new_ones(()) if weight is None else weight
     whole = whole.expand_as(scores)
     found, reached = [], False
@@ -291,7 +305,7 @@ def gradients(
                 torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs, strict=True)
             )
         )
-    if not reached:
+    if not reached and not stopped:
         raise TargetError(_NO_PATH)
     return found
 

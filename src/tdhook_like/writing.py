@@ -22,7 +22,7 @@ from tdhook_like.targets import Each
 if TYPE_CHECKING:
     from tdhook_like.context import HookContext
 
-__all__ = ["CompletenessWarning", "Written", "write_attribution", "write_outputs"]
+__all__ = ["CompletenessWarning", "Written", "results", "write", "write_outputs"]
 
 
 class CompletenessWarning(UserWarning):
@@ -87,13 +87,18 @@ def write_outputs(
     return destination
 
 
-def write_attribution(context: HookContext, td: TensorDictBase, found: Written) -> None:
-    """Attributions, activations and completeness gaps under their keys.
+Result = tuple[tuple[str, ...], NestedKey, Tensor]
+"""A root, a key (which may be one of the TensorDict's), and what is to be written there."""
+
+
+def results(context: HookContext, batch: torch.Size, found: Written) -> list[Result]:
+    """Attributions, activations and completeness gaps, each with where it goes; nothing is written.
 
     Raises:
         InputError: If what a submodule gives does not begin with the batch dimensions.
     """
     method, attribution = context.method, found.attribution
+    made: list[Result] = []
     for name, columns in found.columns.items():
         named = () if name is None else (name,)
         # Each() has a target dimension behind the batch dimensions; other targets are one column.
@@ -106,45 +111,55 @@ def write_attribution(context: HookContext, td: TensorDictBase, found: Written) 
                 value = values[columns.start]
             return value if method.create_graph else value.detach()
 
-        for key, value in zip(found.keys, attribution.inputs, strict=True):
-            place(td, (method.root, *named), key, one(value))
+        for key, values in zip(found.keys, attribution.inputs, strict=True):
+            made.append(((method.root, *named), key, one(values)))
         for path in context.at.modules if context.at else ():
             calls = [
                 one([found.captured.batch_first(value, path, i, found.dims) for value in values])
                 for i, values in enumerate(attribution.modules.get(path, []))
             ]
-            _write_calls(td, (method.at_root, *named), path, calls)
+            made += _calls((method.at_root, *named), path, calls, batch)
         if attribution.gap is not None:
-            path = (method.gap_root, *named)
             gap = one(attribution.gap.unbind(-1))
-            if gap.ndim < td.batch_dims:  # one gap per trajectory, at each of its steps
-                gap = gap.reshape((*gap.shape, *[1] * (td.batch_dims - gap.ndim)))
-                gap = gap.expand(td.batch_size).clone()
-            place(td, path[:-1], path[-1:], gap)
+            if gap.ndim < len(batch):  # one gap per trajectory, at each of its steps
+                gap = (
+                    gap.reshape((*gap.shape, *[1] * (len(batch) - gap.ndim))).expand(batch).clone()
+                )
+            *root, last = (method.gap_root, *named)
+            made.append((tuple(root), last, gap))
     for path in context.activations.modules if context.activations else ():
         calls = [
             found.captured.batch_first(value.detach().clone(), path, i, found.dims)
             for i, value in enumerate(found.captured.outputs.get(path, []))
         ]
-        _write_calls(td, (method.activations_root,), path, calls)
+        made += _calls((method.activations_root,), path, calls, batch)
+    return made
+
+
+def write(context: HookContext, td: TensorDictBase, made: list[Result], found: Written) -> None:
+    """Writes results; where completeness is promised and missed, says so."""
+    for root, key, value in made:
+        place(td, root, key, value)
+    attribution = found.attribution
     if attribution.gap is not None and attribution.scale is not None:
         _warn_of_gap(context, attribution.gap.abs(), attribution.scale)
 
 
-def _write_calls(td: TensorDictBase, root: tuple[str, ...], path: str, calls: list[Tensor]) -> None:
+def _calls(
+    root: tuple[str, ...], path: str, calls: list[Tensor], batch: torch.Size
+) -> list[Result]:
     """What one submodule gave: at its path, or at (path, "0"), (path, "1"), … for several."""
     name = path or "(root)"
-    for i, value in enumerate(calls):
-        if value.shape[: td.batch_dims] != td.batch_size:
+    for value in calls:
+        if value.shape[: len(batch)] != batch:
             raise InputError(
                 f"What {name!r} gives has shape {tuple(value.shape)}, which does not begin with the "
-                f"batch dimensions {tuple(td.batch_size)}, so it cannot be written beside them. Choose "
-                "a submodule that keeps the batch first."
+                f"batch dimensions {tuple(batch)}, so it cannot be written beside them. Choose a "
+                "submodule that keeps the batch first."
             )
-        if len(calls) == 1:
-            place(td, root, name, value)
-        else:
-            place(td, (*root, name), str(i), value)
+    if len(calls) == 1:
+        return [(root, name, calls[0])]
+    return [((*root, name), str(i), value) for i, value in enumerate(calls)]
 
 
 def _warn_of_gap(context: HookContext, gap: Tensor, scale: Tensor) -> None:
@@ -154,7 +169,7 @@ def _warn_of_gap(context: HookContext, gap: Tensor, scale: Tensor) -> None:
     allowed = tolerance * torch.maximum(scale, scale.mean()).clamp_min(1e-12)
     large = int((gap > allowed).sum())
     if large:
-        worst = (gap / scale.clamp_min(1e-12)).max().item()
+        worst = (gap / torch.maximum(scale, scale.mean()).clamp_min(1e-12)).max().item()
         warnings.warn(
             f"{type(context.method).__name__}: attributions miss score(input) - score(baseline) by more "
             f"than {tolerance:.0%} in {large} of {gap.numel()} cases (at worst {worst:.0%}). Take more "

@@ -114,6 +114,11 @@ class LRP(GradientMethod):
         self._settle("start", start)
         GradientMethod.__init__(self, target, rules=mapper, **options)
 
+    @property
+    def feeds_zeros(self) -> bool:
+        """Whether the start gives relevance to scores that are exactly zero."""
+        return not isinstance(self.start, str) or self.start != "value"
+
     def combine(self, value: Tensor, gradient: Tensor) -> Tensor:
         """Activation times relevance per unit of activation, zeros standing for a tiny value."""
         return nonzero(value) * gradient

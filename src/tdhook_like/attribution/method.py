@@ -45,19 +45,20 @@ class Attribution:
     scale: Tensor | None = None
 
 
-def by_member(attribution: Attribution, members: Sequence[int]) -> Attribution:
-    """Attributions whose columns are an ensemble's members, with the members as leading dimensions.
+def by_member(attribution: Attribution, members: Sequence[int], place: int) -> Attribution:
+    """Attributions whose columns are an ensemble's members, with the members as dimensions.
 
     Args:
         attribution: With ``prod(members) × T`` columns, members first.
         members: The batch dimensions that the model adds.
+        place: Where these dimensions go.
     """
     n = math.prod(members)
 
     def grouped(columns: Sequence[Tensor] | Tensor) -> list[Tensor]:
         size = len(columns) // n
-        each = [torch.stack([columns[m * size + t] for m in range(n)]) for t in range(size)]
-        return [stacked.unflatten(0, tuple(members)) for stacked in each]
+        each = [torch.stack([columns[m * size + t] for m in range(n)], place) for t in range(size)]
+        return [stacked.unflatten(place, tuple(members)) for stacked in each]
 
     modules = {path: [grouped(c) for c in calls] for path, calls in attribution.modules.items()}
     return Attribution([grouped(columns) for columns in attribution.inputs], modules)
@@ -163,6 +164,11 @@ class Method(ABC):  # noqa: B024 (its two kinds below say what is abstract)
 class GradientMethod(Method):
     """A method that combines an activation with the target's gradient, element by element."""
 
+    @property
+    def feeds_zeros(self) -> bool:
+        """Whether scores that are exactly zero may start with relevance all the same."""
+        return False
+
     @abstractmethod
     def combine(self, value: Tensor, gradient: Tensor) -> Tensor:
         """The attribution of ``value``, of its shape."""
@@ -175,7 +181,13 @@ class GradientMethod(Method):
         """Attributions of the inputs, and of what flowed out of the chosen submodules."""
         values = [*evaluation.leaves, *evaluation.captured.flat()]
         scores = evaluation.scores
-        found = gradients(scores, values, self.weigh(scores), create_graph=self.create_graph)
+        found = gradients(
+            scores,
+            values,
+            self.weigh(scores),
+            create_graph=self.create_graph,
+            stopped=evaluation.stopped,
+        )
         if not self.create_graph:
             values = [value.detach() for value in values]
         combined = [

@@ -140,7 +140,7 @@ class IntegratedGradients(PathMethod):
         if not torch.isfinite(scores[:2]).all():
             end = "input" if torch.isfinite(scores[0]).all() else "baseline"
             raise TargetError(
-                f"The target is NaN or Inf at the {end}, so there is no change of it to attribute. "
+                f"{score.what} is NaN or Inf at the {end}, so there is no change of it to attribute. "
                 "Take another baseline, or explain other elements."
             )
         found = [way * g for way, g in zip(ways, grads, strict=True)]

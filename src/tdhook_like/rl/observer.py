@@ -15,7 +15,7 @@ from tdhook_like.errors import ContextError, InputError
 from tdhook_like.metrics import key_shares
 from tdhook_like.targets import Each
 
-__all__ = ["Explains", "Observer"]
+__all__ = ["Explains", "LoggedShares", "Observer"]
 
 Explains = Method | HookContext | HookedModule
 """A method (with the module beside it), what it was prepared to, or what entering that gave."""

@@ -6,7 +6,6 @@ from tensordict import TensorDictBase
 from torch import nn
 from torchrl.data import Composite
 from torchrl.envs import Transform
-from typing_extensions import override
 
 from tdhook_like.errors import ContextError
 from tdhook_like.rl.observer import Explains, Observer
@@ -67,7 +66,6 @@ class AttributionTransform(Transform):
         """
         return self._observer.observe(tensordict)
 
-    @override
     def transform_output_spec(self, output_spec: Composite) -> Composite:
         """Refuses an environment; only there is a transform asked for specs."""
         raise ContextError(

@@ -173,7 +173,7 @@ class Function(Target):
                 outputs = outputs.copy()
                 stacked = outputs.batch_size[: dims - reference.dims]
                 for key, value in drawn.items():
-                    outputs.set(key, value.expand(*stacked, *value.shape))
+                    outputs.set(key, value.expand((*stacked, *value.shape)))
             values = self.function(outputs)
             if not isinstance(values, Tensor):
                 raise TargetError(f"{self!r} gave {type(values).__name__}; it must give a tensor.")

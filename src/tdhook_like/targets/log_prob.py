@@ -54,7 +54,7 @@ class LogProb(Target):
             # Further evaluations stand in front of the batch; what an event's shape is, is the
             # distribution's business (torchrl's one-hot events have an event_shape of ()).
             stacked = outputs.batch_size[: dims - reference.dims]
-            return distribution.log_prob(action.expand(*stacked, *action.shape))
+            return distribution.log_prob(action.expand((*stacked, *action.shape)))
 
         return pick
 

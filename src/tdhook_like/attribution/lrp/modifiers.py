@@ -47,18 +47,27 @@ class ParamModifier:
         """The modified value of one parameter, or the value itself where it is not selected.
 
         Raises:
-            RuleError: If the modified value has another shape or is no tensor.
+            RuleError: If the modified value has another shape or dtype, or is no tensor.
         """
         if not self._select_fn(name, param):
             return param
-        modified = self._modify_fn(name, param)
-        if not isinstance(modified, Tensor) or modified.shape != param.shape:
-            got = tuple(modified.shape) if isinstance(modified, Tensor) else type(modified).__name__
-            raise RuleError(
-                f"ParamModifier made {got} of parameter {name!r} of shape {tuple(param.shape)}: "
-                "modify_fn must return a tensor of the same shape."
-            )
-        return modified
+        modified = self._modify_fn(name, param.detach().clone())  # it may work in place
+        if isinstance(modified, Tensor):
+            got = f"{tuple(modified.shape)} of {modified.dtype}"
+            if modified.shape == param.shape and modified.dtype == param.dtype:
+                return modified
+        else:
+            got = type(modified).__name__
+        raise RuleError(
+            f"ParamModifier made {got} of parameter {name!r}, which is {tuple(param.shape)} of "
+            f"{param.dtype}: modify_fn must return a tensor of the same shape and dtype."
+        )
+
+    def __repr__(self) -> str:
+        names = [
+            getattr(f, "__qualname__", type(f).__name__) for f in (self._modify_fn, self._select_fn)
+        ]
+        return f"ParamModifier({', '.join(names)})"
 
     def __call__(self, module: nn.Module) -> dict[str, Tensor]:
         """The modified effective parameters of a layer, by name, without a graph."""
@@ -76,7 +85,10 @@ class ParamModifier:
         >>> both.modify("weight", torch.ones(1)), both.modify("bias", torch.ones(1))
         (tensor([2.]), tensor([0.]))
         """
-        chain = tuple(modifiers)
+        chain = tuple(modifiers) if isinstance(modifiers, Sequence) else (modifiers,)
+        for modifier in chain:
+            if not isinstance(modifier, ParamModifier):
+                raise RuleError(f"from_modifiers takes a list of ParamModifiers, got {modifier!r}.")
 
         def modify_all(name: str, param: Tensor) -> Tensor:
             for modifier in chain:
@@ -99,7 +111,9 @@ def effective_parameters(module: nn.Module) -> dict[str, Tensor]:
     if isinstance(weight, Tensor) and "weight" not in names:
         # A weight that is computed (NoisyLinear's property, the older weight_norm's attribute):
         # what it is computed from is not what forward reads.
-        names = [name for name in ("weight", "bias") if isinstance(getattr(module, name), Tensor)]
+        names = [
+            name for name in ("weight", "bias") if isinstance(getattr(module, name, None), Tensor)
+        ]
     return {name: getattr(module, name).detach() for name in names}
 
 

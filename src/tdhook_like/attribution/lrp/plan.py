@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from tdhook_like.attribution.lrp.mappers import HOMOGENEOUS
-from tdhook_like.attribution.lrp.rule import Inputs, Rule, RuleMapper, registered
-from tdhook_like.attribution.lrp.rules import IgnoreRule, PassRule
+from tdhook_like.attribution.lrp.rule import Inputs, Rule, RuleMapper, changes, registered
+from tdhook_like.attribution.lrp.rules import IgnoreRule, PassRule, StopRule
 from tdhook_like.errors import RuleError, listed
 from tdhook_like.hooks.installation import Before, Handler
 from tdhook_like.paths import walk
@@ -44,6 +44,7 @@ class RulePlan:
     Args:
         model: The model.
         mapper: From path and submodule to a rule, or None.
+        feeds_zeros: Whether relevance may start at scores that are exactly zero.
 
     Raises:
         RuleError: If the mapper is not callable, gives something else than a rule, or a rule that
@@ -56,7 +57,7 @@ class RulePlan:
     1     ReLU    PassRule()                  by the mapper: its own gradient is this rule
     """
 
-    def __init__(self, model: nn.Module, mapper: RuleMapper) -> None:
+    def __init__(self, model: nn.Module, mapper: RuleMapper, feeds_zeros: bool = False) -> None:
         if not callable(mapper) or isinstance(mapper, type | Rule):
             raise RuleError(
                 f"The rule mapper must be a callable (name, module) -> Rule | None, got {mapper!r}. "
@@ -91,7 +92,10 @@ class RulePlan:
                     f"{rule!r} cannot sit on {path!r} ({type(module).__name__}): {reason}"
                 )
             found[id(module)] = (path, module, rule, why)
-        exact = any(rule.feeds_zeros for _, _, rule, _ in found.values())
+        self.changes = changes()
+        #: Whether a rule may let nothing pass.
+        self.stops = any(isinstance(rule, StopRule) for _, _, rule, _ in found.values())
+        exact = feeds_zeros or any(rule.feeds_zeros for _, _, rule, _ in found.values())
         self.lines = tuple(_planned(*item, exact=exact) for item in found.values())
 
     def __str__(self) -> str:

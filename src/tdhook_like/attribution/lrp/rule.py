@@ -63,8 +63,8 @@ class Rule:
     #: Whether the surrogate is made for the call and its last operation does not keep its result, as
     #: sums and products don't; it may then be overwritten instead of copied.
     fresh: bool = False
-    #: Whether the rule gives relevance to inputs that are exactly zero.
-    feeds_zeros: bool = False
+    #: Whether the rule may give relevance to inputs that are exactly zero.
+    feeds_zeros: bool = True
 
     def surrogate(self, module: nn.Module, inputs: Inputs, output: Any) -> Any:
         """An expression in ``inputs`` of ``output``'s shape (or structure) that is differentiated.
@@ -174,6 +174,7 @@ class RemovableRuleHandle:
         self._module = weakref.ref(module)
         with _LOCK:
             _REGISTERED.setdefault(module, []).append(self)
+            _CHANGES[0] += 1
 
     @property
     def rule(self) -> Rule:
@@ -186,6 +187,7 @@ class RemovableRuleHandle:
         if module is None:
             return
         with _LOCK:
+            _CHANGES[0] += 1
             kept = [handle for handle in _REGISTERED.get(module, []) if handle is not self]
             if kept:
                 _REGISTERED[module] = kept
@@ -205,8 +207,14 @@ class RemovableRuleHandle:
 
 
 _LOCK = threading.Lock()
+_CHANGES = [0]
 _REGISTERED: weakref.WeakKeyDictionary[nn.Module, list[RemovableRuleHandle]]
 _REGISTERED = weakref.WeakKeyDictionary()
+
+
+def changes() -> int:
+    """How often rules were put on or taken off by hand: tells whether a plan is still current."""
+    return _CHANGES[0]
 
 
 def registered(module: nn.Module) -> Rule | None:

@@ -60,6 +60,7 @@ class EpsilonRule(Rule):
     EpsilonRule(epsilon=1e-06)
     """
 
+    feeds_zeros = False
     fresh = True
 
     def __init__(self, epsilon: float = 1e-6) -> None:
@@ -129,6 +130,7 @@ class PassRule(Rule):
     PassRule()
     """
 
+    feeds_zeros = False
     fresh = True
 
     def surrogate(self, module: nn.Module, inputs: Inputs, output: Any) -> Any:
@@ -161,6 +163,8 @@ class IgnoreRule(Rule):
     IgnoreRule()
     """
 
+    feeds_zeros = False
+
     def surrogate(self, module: nn.Module, inputs: Inputs, output: Any) -> Any:
         return None
 
@@ -171,6 +175,8 @@ class StopRule(Rule):
     >>> StopRule()
     StopRule()
     """
+
+    feeds_zeros = False
 
     def surrogate(self, module: nn.Module, inputs: Inputs, output: Any) -> Any:
         return mapped(lambda y: y.detach() if isinstance(y, Tensor) else y, output)
@@ -190,8 +196,6 @@ class UniformRule(Rule):
     >>> UniformRule()
     UniformRule()
     """
-
-    feeds_zeros = True
 
     def surrogate(self, module: nn.Module, inputs: Inputs, output: Any) -> Any:
         operands = inputs.attributed
@@ -225,6 +229,8 @@ class LayerNormRule(Rule):
     >>> LayerNormRule()
     LayerNormRule()
     """
+
+    feeds_zeros = False
 
     def check(self, module: nn.Module) -> str | None:
         if isinstance(getattr(module, "normalized_shape", None), tuple | list):
@@ -260,6 +266,7 @@ class PseudoIdentityRule(Rule):
     PseudoIdentityRule(stabilizer=1e-06)
     """
 
+    feeds_zeros = False
     fresh = True
 
     def __init__(self, stabilizer: float = 1e-6) -> None:
@@ -269,7 +276,7 @@ class PseudoIdentityRule(Rule):
         x = single_input(self, module, inputs)
         if not isinstance(output, Tensor) or x.shape != output.shape:
             raise RuleError(f"{self!r} on {type(module).__name__}: it must keep its input's shape.")
-        return x * (output.detach() / stabilised(x, self.stabilizer))
+        return x * (nonzero(output) / stabilised(x, self.stabilizer))
 
 
 class AHQKVRule(Rule):
@@ -287,6 +294,8 @@ class AHQKVRule(Rule):
     >>> AHQKVRule()
     AHQKVRule()
     """
+
+    feeds_zeros = False
 
     def surrogate(self, module: nn.Module, inputs: Inputs, output: Any) -> Any:
         if not isinstance(output, Tensor) or output.shape[-1] % 3:

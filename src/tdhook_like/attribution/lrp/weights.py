@@ -45,6 +45,7 @@ _NOT_AFFINE = (
 class _WeightRule(Rule):
     """A rule on a layer with weights of its own: one input, one output."""
 
+    feeds_zeros = False
     fresh = True
 
     def __init__(self, stabilizer: float = 1e-6) -> None:
