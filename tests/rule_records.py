@@ -71,8 +71,8 @@ class Record:
         shares: From contributions [B, outputs, slots] and connections [outputs, slots] to whether
             an output has something to share by.
         by_output: Whether it divides by the output (or nearly so), and stabilises that.
-        by_share: Whether relevance is defined only as a share of the output, so that an output
-            which is exactly zero must not have any.
+        by_share: Whether outputs are too near zero in one precision and zero in another, so that
+            their relevance has to be a share of them.
         feeds_zeros: Whether inputs that are exactly zero get relevance.
     """
 

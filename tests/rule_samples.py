@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrizations import weight_norm
 
 from tdhook_like import LRP
-from tdhook_like.attribution.lrp import Rule, RuleMapper
+from tdhook_like.attribution.lrp import BaseRuleMapper, Rule, RuleMapper
 from tdhook_like.targets import Each
 
 
@@ -56,6 +56,11 @@ def grid(shape: Sequence[int], name: str) -> Tensor:
     return torch.randint(-6, 7, tuple(shape), generator=generator).double() / 4
 
 
+def made(name: str, build: Callable[[], nn.Module]) -> Any:
+    """A module with parameters from the grid, in float64."""
+    return Sample(name, build, ()).module()
+
+
 # --- the public road ------------------------------------------------------------------------------
 
 TINY = 2.0**-60
@@ -65,6 +70,11 @@ TINY = 2.0**-60
 def only(module: nn.Module, rule: Rule) -> RuleMapper:
     """A mapper that gives one module its rule and leaves all others."""
     return lambda name, other: rule if other is module else None
+
+
+def on_dense(rule: Rule) -> RuleMapper:
+    """One rule on dense layers; relevance passes what has no weights."""
+    return BaseRuleMapper(rule_mapper=lambda name, m: rule if isinstance(m, nn.Linear) else None)
 
 
 def explain(

@@ -217,6 +217,22 @@ def test_a_lazy_stack_is_explained_as_the_dense_td_and_stays_lazy(method, dim):
     assert members[2]["attr", "observation"].shape == (5, 3)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_lazy_stack_inside_a_td_is_explained_as_the_dense_one(method):
+    model = TensorDictModule(nn.Linear(3, 2), [("agents", "x")], [("agents", "logits")])
+    agents = lazy_stack([TensorDict({"x": torch.randn(5, 3)}, [5]) for _ in range(4)], 1)
+    lazy, dense = (
+        TensorDict({"agents": agents}, [5]),
+        TensorDict({"agents": agents.contiguous()}, [5]),
+    )
+    with METHODS[method]((("agents", "logits"), 2, 1)).prepare(model) as hooked:
+        hooked(lazy)
+        hooked(dense)
+    assert lazy["agents"] is agents and lazy["attr", "agents"].batch_size == (5, 4)
+    for key in (("attr", "agents", "x"), ("agents", "logits")):
+        torch.testing.assert_close(lazy[key], dense[key])
+
+
 @tensorclass
 class Step:
     observation: Tensor
@@ -303,11 +319,15 @@ def test_create_graph_leaves_attributions_that_can_be_differentiated():
     x = td["observation"].requires_grad_()
     with Saliency(("logits", 1), abs=False, create_graph=True).prepare(model) as hooked:
         hooked(td)
-    found = torch.autograd.grad(td["attr", "observation"].square().sum(), x)[0]
+    found = torch.autograd.grad(td["attr", "observation"].square().sum(), x, retain_graph=True)[0]
     y = x.detach().clone().requires_grad_()
     out = model.module(y, td["agents", "state", "speed"])[..., 1].sum()
     first = torch.autograd.grad(out, y, create_graph=True)[0]
-    torch.testing.assert_close(found, torch.autograd.grad(first.square().sum(), y)[0])
+    penalty = first.square().sum()
+    torch.testing.assert_close(found, torch.autograd.grad(penalty, y, retain_graph=True)[0])
+    weights = list(model.parameters())[:2]
+    found = torch.autograd.grad(td["attr", "observation"].square().sum(), weights)
+    torch.testing.assert_close(found, torch.autograd.grad(penalty, weights))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -28,6 +28,11 @@ def ignored(*_: Any) -> None:
     """A handler without an opinion."""
 
 
+def on(*pairs: Any) -> list[Any]:
+    """Modules and their handlers, as an installation takes them."""
+    return list(pairs)
+
+
 @pytest.fixture(autouse=True)
 def _no_residue() -> Iterator[None]:
     before = {name: dict(getattr(nn_module, name)) for name in TABLES}
@@ -51,7 +56,7 @@ def test_a_handler_sees_the_call_and_replaces_its_output(net):
 
     x = torch.randn(2, 3)
     plain = net[0](x)
-    with Installation({net[0]: handler}):
+    with Installation(on((net[0], handler))):
         assert torch.equal(net[0](x), plain * 2)
         net[0](input=x)
     assert torch.equal(net[0](x), plain)
@@ -63,21 +68,21 @@ def test_a_handler_sees_the_call_and_replaces_its_output(net):
 def test_a_handler_without_an_opinion_leaves_the_output_itself(net):
     x = torch.randn(2, 3)
     outputs = []
-    with Installation({net: lambda m, a, k, output: outputs.append(output)}):
+    with Installation(on((net, lambda m, a, k, output: outputs.append(output)))):
         assert net(x) is outputs[0]
 
 
 def test_an_observer_sees_the_call_ahead_of_it(net):
     seen: list[Any] = []
     x = torch.randn(2, 3)
-    with Installation({}, before={net[1]: lambda module, args: seen.append(args[0])}):
+    with Installation([], on((net[1], lambda module, args: seen.append(args[0])))):
         y = net(x)
     assert torch.equal(seen[0], net[0](x)) and torch.equal(y, net(x))
 
 
 def test_no_module_carries_anything_while_rules_are_on(net):
     before = snapshot(net)
-    with Installation({net[0]: doubled, net: ignored}, before={net[1]: ignored}):
+    with Installation(on((net[0], doubled), (net, ignored)), on((net[1], ignored))):
         net(torch.randn(2, 3))
         assert_same(before, snapshot(net), ignoring=["torch: ", "python: "])
     assert_same(before, snapshot(net), ignoring=["random state"])
@@ -91,17 +96,21 @@ def test_only_the_named_module_is_answered_whatever_it_takes_itself_for():
         def __hash__(self) -> int:
             return 0
 
-    one, other = Same(3, 3), Same(3, 3)
+    one, other, third = Same(3, 3), Same(3, 3), Same(3, 3)
     x = torch.randn(3)
-    with Installation({one: doubled}):
+    with Installation(on((one, doubled))):
         assert torch.equal(one(x), one.forward(x) * 2)
         assert torch.equal(other(x), other.forward(x))
+    with Installation(on((one, doubled), (other, lambda m, a, k, output: output * 3))):
+        assert torch.equal(one(x), one.forward(x) * 2)
+        assert torch.equal(other(x), other.forward(x) * 3)
+        assert torch.equal(third(x), third.forward(x))
 
 
 def test_two_installations_in_one_another_each_answer_and_may_end_in_any_order(net):
     x = torch.randn(3)
     plain = net[0](x)
-    first, second = Installation({net[0]: doubled}), Installation({net[0]: doubled})
+    first, second = Installation(on((net[0], doubled))), Installation(on((net[0], doubled)))
     first.__enter__()
     second.__enter__()
     assert torch.equal(net[0](x), plain * 4)
@@ -113,7 +122,7 @@ def test_two_installations_in_one_another_each_answer_and_may_end_in_any_order(n
 
 def test_ending_twice_does_nothing_and_an_installation_can_be_used_again(net):
     x = torch.randn(3)
-    installation = Installation({net[0]: doubled})
+    installation = Installation(on((net[0], doubled)))
     for _ in range(2):
         with installation:
             assert torch.equal(net[0](x), net[0].forward(x) * 2)
@@ -135,8 +144,8 @@ def test_an_error_anywhere_takes_everything_off(net, place, error):
 
     if place == "the model":
         net[1].forward = raises
-    after = {net[2]: raises if place == "a handler" else ignored}
-    before = {net[0]: raises if place == "an observer" else ignored}
+    after = on((net[2], raises if place == "a handler" else ignored))
+    before = on((net[0], raises if place == "an observer" else ignored))
     with pytest.raises(error), Installation(after, before):
         if place == "the block":
             raise error
@@ -160,7 +169,7 @@ class Refusing(TorchFunctionMode):
 
 def test_function_modes_are_active_for_the_block_and_off_after_an_error(net):
     mode = Counting()
-    with contextlib.suppress(Trouble), Installation({}, modes=[mode]):
+    with contextlib.suppress(Trouble), Installation([], modes=[mode]):
         torch.relu(torch.zeros(1))
         raise Trouble
     count = len(mode.seen)
@@ -171,14 +180,14 @@ def test_function_modes_are_active_for_the_block_and_off_after_an_error(net):
 def test_a_mode_that_cannot_be_entered_takes_the_others_off(net):
     mode = Counting()
     with pytest.raises(Trouble):
-        Installation({net[0]: doubled}, modes=[mode, Refusing()]).__enter__()
+        Installation(on((net[0], doubled)), modes=[mode, Refusing()]).__enter__()
     torch.relu(torch.zeros(1))
     assert mode.seen == []
 
 
 def test_a_generator_that_is_dropped_half_way_takes_its_rules_off(net):
     def steps() -> Iterator[Tensor]:
-        with Installation({net[0]: doubled}):
+        with Installation(on((net[0], doubled))):
             while True:
                 yield net[0](torch.ones(3))
 
@@ -192,7 +201,7 @@ def test_global_hooks_of_others_stay_where_they_are(net):
     seen: list[nn.Module] = []
     handle = nn_module.register_module_forward_hook(lambda module, args, out: seen.append(module))
     try:
-        with Installation({net[0]: doubled}):
+        with Installation(on((net[0], doubled))):
             net[0](torch.ones(3))
         net[0](torch.ones(3))
         assert seen == [net[0], net[0]]
@@ -214,7 +223,7 @@ def in_another_thread(call: Any) -> Any:
 def test_calls_in_other_threads_see_nothing_of_it(net):
     x = torch.randn(3)
     observed: list[Any] = []
-    with Installation({net[0]: doubled}, before={net[0]: lambda m, a: observed.append(a)}):
+    with Installation(on((net[0], doubled)), on((net[0], lambda m, a: observed.append(a)))):
         assert torch.equal(in_another_thread(lambda: net[0](x)), net[0].forward(x))
         assert observed == []
         assert torch.equal(net[0](x), net[0].forward(x) * 2)
@@ -226,7 +235,7 @@ def test_each_thread_has_its_own_rules_on_the_same_module(net):
     barrier, found = threading.Barrier(4), {}
 
     def work(factor: int) -> None:
-        with Installation({net[0]: lambda m, a, k, output: output * factor}):
+        with Installation(on((net[0], lambda m, a, k, output: output * factor))):
             barrier.wait()
             found[factor] = [net[0](x) for _ in range(50)]
             barrier.wait()

@@ -25,7 +25,7 @@ from rule_records import (
     WRONG_SITES,
     Record,
 )
-from rule_samples import MatMul, Product, Sample, Sum, assert_close, explain, grid, only
+from rule_samples import MatMul, Product, Sample, Sum, assert_close, explain, grid, made, only
 from tdhook_like import LRP, TdhookLikeError
 from tdhook_like.attribution import lrp
 from tdhook_like.attribution.lrp import (
@@ -145,6 +145,28 @@ def test_a_rule_conserves_what_its_record_says(record: Record, sample: Sample):
     torch.testing.assert_close(total, R.flatten(1).sum(1), atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.parametrize(
+    "sample",
+    [
+        Sample("layer norm", lambda: nn.LayerNorm(3, elementwise_affine=False), ((3,),)),
+        Sample("rms norm", lambda: nn.RMSNorm(3, elementwise_affine=False), ((3,),)),
+        Sample("difference to the mean", lambda: nn.Linear(3, 3, bias=False), ((3,),)),
+    ],
+    ids=lambda sample: sample.name,
+)
+def test_an_output_that_cancels_to_zero_amplifies_no_more_than_the_stabiliser_allows(sample):
+    net = nn.Sequential(sample.module(), nn.Linear(3, 2, dtype=F64))
+    if isinstance(net[0], nn.Linear):
+        net[0].weight.data = torch.eye(3, dtype=F64) - 1 / 3
+    x = torch.tensor([[-1.0, 0.0, 1.0]], dtype=F64)
+    rules = {"0": lrp.EpsilonRule() if isinstance(net[0], nn.Linear) else lrp.LayerNormRule()}
+    rules["1"] = FlatRule()
+    for precision in (F64, F32):
+        net, x = net.to(precision), x.to(precision)
+        found = explain(net, lambda name, m: rules.get(name), [x], torch.ones(1, 2))[0][0]
+        assert found.isfinite().all() and found.abs().max() < 10 / ref.EPSILON
+
+
 # --- modules in stacks ----------------------------------------------------------------------------
 
 
@@ -181,27 +203,26 @@ def test_a_stack_of_ruled_layers_is_what_its_layers_are_one_after_another(name, 
     assert_close(explain(net, mapper, [x], R)[0][0], expected, 1e-4)
 
 
-def test_a_rule_for_the_input_layer_goes_with_other_rules_behind_it():
-    net = Sample(
+@pytest.mark.parametrize(
+    ("first", "reference", "options"),
+    [
+        (ZBoxRule(-1.5, 1.5), ref.zbox, {"low": -1.5, "high": 1.5}),
+        (FlatRule(), ref.flat, {}),
+        (WSquareRule(), ref.wsquare, {}),
+    ],
+    ids=["z-box", "flat", "w-square"],
+)
+def test_a_rule_for_the_input_layer_goes_with_other_rules_behind_it(first, reference, options):
+    net = made(
         "mixed",
         lambda: nn.Sequential(nn.Conv1d(1, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2)),
-        (),
-    ).module()
+    )
     x, R = grid((2, 1, 5), "x"), grid((2, 2), "R")
-    for first, reference in (
-        (ZBoxRule(-1.5, 1.5), lambda *args: ref.zbox(*args, low=-1.5, high=1.5)),
-        (FlatRule(), ref.flat),
-        (WSquareRule(), ref.wsquare),
-    ):
-        mapper = EpsilonPlus(rule_mapper=lambda name, m, rule=first: rule if name == "0" else None)
-        got = explain(net, mapper, [x], R)[0][0]
-        behind = ref.propagate(list(net)[1:], net[0](x), R, [None, None, ref.epsilon])
-        layer_R = behind.reshape(net[0](x).shape)
-        if reference is ref.flat:
-            want = ref.relevance(net[0], x, layer_R, ref.flat)
-        else:
-            want = ref.relevance(net[0], x, layer_R, reference)
-        assert_close(got, want, 1e-9)
+    mapper = EpsilonPlus(rule_mapper=lambda name, m: first if name == "0" else None)
+    hidden = net[0](x).detach()
+    behind = ref.propagate(list(net)[1:], hidden, R, [None, None, ref.epsilon])
+    want = ref.relevance(net[0], x, behind.reshape(hidden.shape), reference, **options)
+    assert_close(explain(net, mapper, [x], R)[0][0], want, 1e-9)
 
 
 @settings(max_examples=30)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -301,6 +302,46 @@ def test_a_module_under_two_names_has_the_rule_of_the_first_one_that_has_one():
 
     assert torch.equal(explained(["0", "again"]), explained(["0"]))
     assert not torch.allclose(explained(["again"]), explained(["0"]))
+
+
+# --- places where modules hide --------------------------------------------------------------------
+
+
+class Keeps(nn.Module):
+    """Runs a network that is kept in a plain attribute, and so is no registered child."""
+
+    def __init__(self, kept: Any, run: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.kept, self.run = kept, run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self.kept, x)
+
+
+HIDDEN: dict[str, Callable[[nn.Module], Any]] = {
+    "a list": lambda net: Keeps([net], lambda kept, x: kept[0](x)),
+    "a tuple": lambda net: Keeps((net, 1), lambda kept, x: kept[0](x)),
+    "a dict": lambda net: Keeps({"net": net}, lambda kept, x: kept["net"](x)),
+    "a partial function": lambda net: partial(lambda net, x: net(x), net),
+    "a closure": lambda net: lambda x: net(x),
+    "a bound method": lambda net: net.forward,
+}
+
+
+@pytest.mark.parametrize("drive", [True, False], ids=["driving", "observing"])
+@pytest.mark.parametrize("place", HIDDEN)
+def test_a_module_that_is_kept_where_torch_does_not_look_has_rules_and_is_left_alone(place, drive):
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)).double()
+    net(torch.randn(20, 3, dtype=torch.float64))
+    net.train(not drive)
+    td, before = inputs(5), snapshot(net)
+    found = []
+    for run in (net, HIDDEN[place](net)):
+        model = TensorDictModule(run, ["x"], ["y"])
+        with LRP(EpsilonPlus(), ("y", 0)).prepare(model) as hooked:
+            found.append((hooked if drive else hooked.observe)(td.clone())["attr", "x"])
+        assert_same(before, snapshot(net))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=0)
 
 
 # --- stacked agents -------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from tdhook_like.layout import Run
 from tdhook_like.reading import attributed, declare, private_copy, same_bits
 from tdhook_like.randomness import ForeignDraws, OwnDraws, moved, restore_rng, rng_state
 from tdhook_like.runner import Undo, direct
-from tdhook_like.score import Captured, Evaluation, Score, TargetColumns
+from tdhook_like.score import Captured, Evaluation, Score, TargetColumns, members_last
 from tdhook_like.shadow import Shadow
 from tdhook_like.targets import AtStep, Reference
 from tdhook_like.writing import Written, results, write, write_outputs
@@ -62,6 +62,8 @@ class Call:
         self._inputs = attributed(context, td)
         self._reached: set[str] = set()
         self._own: TensorDictBase | None = None
+        self._batch = td.batch_size  # of where results go
+        self._observing = False
 
     def drive(self, destination: TensorDictBase) -> TensorDictBase:
         """The plain call, and its explanation; outputs and attributions go to ``destination``."""
@@ -97,6 +99,7 @@ class Call:
     def observe(self, destination: TensorDictBase) -> TensorDictBase:
         """The explanation alone: nothing of the model, its buffers or the RNG changes."""
         self._check_destination(destination, self._context.written())
+        self._observing, self._batch = True, destination.batch_size
         with _gradients(torch.is_inference_mode_enabled()), ForeignDraws():
             found = self._explained(None)
         write(
@@ -184,7 +187,7 @@ class Call:
         method = self._method
         if isinstance(method, GradientMethod):
             evaluated = self._evaluate(self._filled(run), shadow.of, reference, observed=True)
-            return self._combined(method, *evaluated, driven=plain is not None)
+            return self._combined(method, *evaluated)
         assert isinstance(method, PathMethod)
         return self._along_path(method, run, shadow, reference)
 
@@ -214,7 +217,7 @@ class Call:
         # An ensemble gives a batch of its own, members first: each member is a target apart.
         own = outputs.batch_dims - self._td.batch_dims
         if own and not self._undeclared:
-            scores = scores.flatten(0, own - 1).movedim(0, -2).flatten(-2)
+            scores = members_last(scores, own)
         stops = context.plan is not None and context.plan.stops
         return Evaluation(tuple(leaves.values()), outputs, scores, captured, stops), targets
 
@@ -235,16 +238,10 @@ class Call:
         method: GradientMethod,
         evaluation: Evaluation,
         targets: TargetColumns,
-        driven: bool = True,
     ) -> Written:
         self._check_reached()
         attribution = method.attribute(evaluation)
-        dims = evaluation.outputs.batch_dims
-        members = evaluation.outputs.batch_size[: dims - self._td.batch_dims]
-        if members and not self._undeclared:
-            # In front, as in the TensorDict that the model returns; behind in one of the caller's.
-            attribution = by_member(attribution, members, 0 if driven else self._td.batch_dims)
-        return self._result(attribution, targets, dims, evaluation.captured)
+        return self._result(attribution, targets, evaluation.outputs, evaluation.captured)
 
     def _along_path(
         self, method: PathMethod, run: Run, shadow: Shadow, reference: TensorDictBase | None
@@ -278,12 +275,24 @@ class Call:
         )
         attribution = method.attribute(score, baselines)
         self._check_reached()
-        return self._result(attribution, targets, len(score.batch), captured)
+        return self._result(attribution, targets, outputs, captured)
 
     def _result(
-        self, attribution: Attribution, targets: TargetColumns, dims: int, captured: Captured
+        self, attribution: Attribution, targets: TargetColumns, outputs: Any, captured: Captured
     ) -> Written:
         context = self._context
+        members = (
+            ()
+            if self._undeclared
+            else outputs.batch_size[: outputs.batch_dims - self._td.batch_dims]
+        )
+        if members:
+            # In front, as the model returns them, where there is a place for them; else behind.
+            front = (
+                self._batch[: len(members)] == members and len(self._batch) > self._td.batch_dims
+            )
+            attribution = by_member(attribution, members, 0 if front else self._td.batch_dims)
+        dims = outputs.batch_dims
         for selection in (context.at, context.activations):
             for path in selection.named if selection else ():
                 if path not in captured.outputs:
@@ -296,6 +305,8 @@ class Call:
     def _returned(self, given: TensorDictBase, outputs: TensorDictBase) -> TensorDictBase:
         """Outputs over what was given, where the model returns a TensorDict of its own making."""
         self._own = None if outputs is given else outputs
+        if outputs is not given and not self._observing:
+            self._batch = outputs.batch_size
         if outputs is given or outputs.batch_dims >= given.batch_dims:
             return outputs
         merged = given.copy()
@@ -327,15 +338,18 @@ class Call:
     ) -> AbstractContextManager[object]:
         """Rules (and captures, where asked for) on, for this thread and the length of a block."""
         context = self._context
-        after: dict[nn.Module, Handler] = {}
+        after: dict[int, tuple[nn.Module, Handler]] = {}
         before = {}
         if context.plan is not None:
             after, before = context.plan.hooks(self._reached, of)
         if captured is not None:
             for path, original in context.captures.items():
                 module = of(original)
-                after[module] = captured.handler(path, after.get(module))
-        return Installation(after, before) if after or before else nullcontext()
+                rule = after.get(id(module), (module, None))[1]
+                after[id(module)] = (module, captured.handler(path, rule))
+        if not after and not before:
+            return nullcontext()
+        return Installation(after.values(), before.values())
 
     def _check_destination(self, td: TensorDictBase, keys: Iterable[NestedKey]) -> None:
         check_writable(td, keys)

@@ -70,7 +70,8 @@ def apart(
 ) -> TensorDictBase:
     """One after another."""
     rows = [run(_filled(template, keys, row)) for row in zip(*points, strict=True)]
-    return torch.stack(rows)  # pyright: ignore[reportArgumentType, reportReturnType]
+    own = rows[0].batch_dims - template.batch_dims  # an ensemble's members stay in front
+    return torch.stack(rows, own)  # pyright: ignore[reportArgumentType, reportReturnType]
 
 
 LAYOUTS: dict[str, Layout] = {

@@ -243,7 +243,9 @@ class Score:
             points = [point.clone() for point in points]
         with self._rules():
             outputs = layout(self._run, self._template, self._keys, points)
-            return self._targets(outputs, len(self.batch) + 1)
+            scores = self._targets(outputs, outputs.batch_dims)
+            own = outputs.batch_dims - len(self.batch) - 1
+            return members_last(scores, own) if own > 0 else scores
 
     def _layout(self) -> Layout:
         name = self._layouts.get(len(self.batch))
@@ -252,6 +254,16 @@ class Score:
                 name = verified(self._evaluate, self.inputs, self.baselines, repr(self._targets))
             self._layouts[len(self.batch)] = name
         return LAYOUTS[name]
+
+
+def members_last(scores: Tensor, own: int) -> Tensor:
+    """Scores ``[*members, *batch, T]`` as ``[*batch, members × T]``: each member a target apart.
+
+    Args:
+        scores: With ``own`` leading dimensions that an ensemble adds.
+        own: How many these are.
+    """
+    return scores.flatten(0, own - 1).movedim(0, -2).flatten(-2)
 
 
 def gradients(

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase, TensorDictParams
+from tensordict.nn import ProbabilisticTensorDictSequential
 from torch import nn
 
 from tdhook_like.paths import unwrapped
@@ -76,6 +77,9 @@ class Shadow:
         for name, value in vars(module).items():
             if type(value) not in _NO_MODULES and name not in _OWN_TREATMENT:
                 state[name] = self._remade(value, depth=2)
+        if isinstance(twin, ProbabilisticTensorDictSequential):
+            # Its own version switches the exploration type of the whole process for a moment.
+            state["get_dist_params"] = functools.partial(_dist_params, twin)
         return twin
 
     def _remade(self, value: Any, depth: int) -> Any:
@@ -107,6 +111,10 @@ class Shadow:
         if kind is dict and depth:
             return {key: self._remade(item, depth - 1) for key, item in value.items()}
         return value
+
+
+def _dist_params(twin: Any, td: Any, tensordict_out: Any = None, **kwargs: Any) -> Any:
+    return twin.det_part(td, tensordict_out, **kwargs)
 
 
 _NO_MODULES = frozenset({bool, int, float, str, type(None), type, torch.Size, torch.dtype})

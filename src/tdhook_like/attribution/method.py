@@ -51,7 +51,7 @@ def by_member(attribution: Attribution, members: Sequence[int], place: int) -> A
     Args:
         attribution: With ``prod(members) × T`` columns, members first.
         members: The batch dimensions that the model adds.
-        place: Where these dimensions go.
+        place: Where these dimensions go: 0 for in front.
     """
     n = math.prod(members)
 
@@ -61,7 +61,11 @@ def by_member(attribution: Attribution, members: Sequence[int], place: int) -> A
         return [stacked.unflatten(place, tuple(members)) for stacked in each]
 
     modules = {path: [grouped(c) for c in calls] for path, calls in attribution.modules.items()}
-    return Attribution([grouped(columns) for columns in attribution.inputs], modules)
+    found = Attribution([grouped(columns) for columns in attribution.inputs], modules)
+    if attribution.gap is not None and attribution.scale is not None:
+        gaps, scales = (grouped(t.unbind(-1)) for t in (attribution.gap, attribution.scale))
+        found.gap, found.scale = torch.stack(gaps, -1), torch.stack(scales, -1)
+    return found
 
 
 @dataclass(frozen=True)

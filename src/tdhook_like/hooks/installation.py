@@ -9,7 +9,7 @@ threads' calls, and other contexts on the same model, see nothing of it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any
 
@@ -35,12 +35,15 @@ class Installation:
     """Handlers on the calls of given modules, for the calling thread, while the block lasts.
 
     Args:
-        after: Handlers by module; each sees its module's calls once they have returned.
-        before: Observers by module; each sees its module's calls ahead of them.
+        after: Modules and their handlers, which see their module's calls once they have returned.
+            (Pairs, not a mapping: a user's module may define equality.)
+        before: Likewise, observers that see calls ahead of them.
         modes: Torch function modes (functional rules) to be active meanwhile.
 
     >>> net = nn.Linear(2, 2)
-    >>> with Installation({net: lambda module, args, kwargs, output: output * 0}):
+    >>> def to_zero(module, args, kwargs, output):
+    ...     return output * 0
+    >>> with Installation([(net, to_zero)]):
     ...     net(torch.ones(2)).tolist()
     [0.0, 0.0]
     >>> net._forward_hooks
@@ -49,14 +52,13 @@ class Installation:
 
     def __init__(
         self,
-        after: Mapping[nn.Module, Handler],
-        before: Mapping[nn.Module, Before] | None = None,
+        after: Iterable[tuple[nn.Module, Handler]],
+        before: Iterable[tuple[nn.Module, Before]] = (),
         modes: Iterable[TorchFunctionMode] = (),
     ) -> None:
-        # Identity, not hash: a user's module may define __eq__. The mappings keep the modules alive.
-        self._kept = (after, before)
-        self._after = {id(module): handler for module, handler in after.items()}
-        self._before = {id(module): observer for module, observer in (before or {}).items()}
+        # The pairs are kept, and so are the modules alive and their identities valid.
+        self._after = {id(pair[0]): pair for pair in after}
+        self._before = {id(pair[0]): pair for pair in before}
         self._modes = tuple(modes)
         self._handles: list[Any] = []
         self._entered: list[TorchFunctionMode] = []
@@ -66,18 +68,18 @@ class Installation:
         after, before = self._after, self._before
 
         def answer(module: nn.Module, args: Any, *rest: Any) -> Any:
-            handler = after.get(id(module))
-            if handler is None or not _mine(owner):
+            found = after.get(id(module))
+            if found is None or not _mine(owner):
                 return None
             # Removal in another thread may come between torch's look at the hooks and this call, in
             # which case torch leaves the keyword arguments out.
             kwargs, output = rest if len(rest) == 2 else ({}, rest[0])
-            return handler(module, args, kwargs, output)
+            return found[1](module, args, kwargs, output)
 
         def observe(module: nn.Module, args: Any) -> None:
-            observer = before.get(id(module))
-            if observer is not None and _mine(owner):
-                observer(module, args)
+            found = before.get(id(module))
+            if found is not None and _mine(owner):
+                found[1](module, args)
 
         try:
             for mode in self._modes:

@@ -6,6 +6,7 @@ leaves garbage that only the cycle collector frees, which a training loop may ha
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -39,7 +40,8 @@ def mapped(function: Callable[..., Any], value: Any, *others: Any) -> Any:
         kind: Any = type(value)
         return kind(*items) if hasattr(value, "_fields") else kind(items)
     if isinstance(value, dict):
-        return {
-            key: mapped(function, item, *(o[key] for o in others)) for key, item in value.items()
-        }
+        found = copy.copy(value)  # a dict subclass keeps what else it holds
+        for key, item in value.items():
+            found[key] = mapped(function, item, *(other[key] for other in others))
+        return found
     return function(value, *others)

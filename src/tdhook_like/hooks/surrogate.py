@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["attach", "nonzero", "scale_gradient", "stabilised", "tiny", "unit"]
+__all__ = ["attach", "nonzero", "ratio", "scale_gradient", "stabilised", "tiny", "unit"]
 
 
 def tiny(dtype: torch.dtype) -> float:
@@ -46,7 +46,22 @@ def stabilised(z: Tensor, epsilon: float) -> Tensor:
     tensor([ 0.5000, -1.5000])
     """
     z = z.detach()
+    if z.dtype == torch.float16:
+        epsilon = max(epsilon, 1e-3)  # what a zero is divided by must leave room up to 65504
     return torch.where(z < 0, z - epsilon, z + epsilon)
+
+
+def ratio(y: Tensor, z: Tensor, epsilon: float) -> Tensor:
+    """``nonzero(y) / stabilised(z)``, within what the dtype holds. No graph; same shape.
+
+    >>> ratio(torch.tensor([2.0]), torch.tensor([4.0]), 1e-6)
+    tensor([0.5000])
+    """
+    factor = nonzero(y) / stabilised(z, epsilon)
+    if factor.dtype == torch.float16:  # 1 / 1e-6 is beyond it, and infinity times zero is not zero
+        largest = torch.finfo(torch.float16).max
+        factor = factor.clamp(-largest, largest)
+    return factor
 
 
 def unit(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from tdhook_like.attribution.lrp.rules import (
     LayerNormRule,
     PassRule,
     SoftmaxEpsilonRule,
+    UniformEpsilonRule,
 )
 from tdhook_like.attribution.lrp.weights import ZPlusRule
 from tdhook_like.errors import RuleError
@@ -31,6 +32,12 @@ HOMOGENEOUS = (
     nn.Dropout3d,
 )
 """Activations with ``f(x) = f′(x)·x``: their own gradient passes relevance on."""
+
+ZERO_AT_ZERO = (
+    *(nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh, nn.Tanhshrink, nn.Softsign),
+    *(nn.Softshrink, nn.Hardshrink, nn.Hardswish, nn.ReLU6, nn.RReLU),
+)
+"""Further activations with ``f(0) = 0``: passing relevance through them gives none to zeros."""
 
 ACTIVATIONS = (
     *(
@@ -123,13 +130,16 @@ class EpsilonPlus(BaseRuleMapper):
     ) -> None:
         super().__init__(stabilizer, rule_mapper)
         self._epsilon, self._plus = EpsilonRule(epsilon), ZPlusRule(stabilizer)
+        self._product = UniformEpsilonRule(epsilon)
 
     def by_type(self, module: nn.Module) -> Rule | None:
-        """Epsilon on ``nn.Linear`` and bilinear layers, z⁺ on convolutions."""
+        """Epsilon on ``nn.Linear``, z⁺ on convolutions, bilinear layers shared evenly."""
         if isinstance(module, _ConvNd):
             return self._plus
         if isinstance(module, NonDynamicallyQuantizableLinear):
             return None  # a weight of nn.MultiheadAttention, never called
-        if isinstance(module, nn.Linear | nn.Bilinear):
+        if isinstance(module, nn.Linear):
             return self._epsilon
+        if isinstance(module, nn.Bilinear):
+            return self._product
         return super().by_type(module)

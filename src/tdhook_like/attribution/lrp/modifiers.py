@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tdhook_like.errors import RuleError
+from tdhook_like.shadow import Shadow
 
 __all__ = ["ParamModifier", "effective_parameters", "with_parameters"]
 
@@ -105,6 +106,9 @@ def effective_parameters(module: nn.Module) -> dict[str, Tensor]:
     >>> sorted(effective_parameters(layer))
     ['bias', 'weight']
     """
+    if module.training and _parametrized(module):
+        # Looking at a parametrization runs it, and some count their runs (spectral norm).
+        module = Shadow(module).model
     names = [name for name, value in module._parameters.items() if value is not None]
     names += [name for name in _parametrized(module) if name not in names]
     weight = getattr(module, "weight", None)
@@ -126,16 +130,23 @@ def with_parameters(module: nn.Module, parameters: Mapping[str, Tensor | None]) 
     >>> with_parameters(layer, {"weight": torch.ones(1, 2), "bias": None}).forward(torch.ones(2))
     tensor([2.])
     """
-    twin = object.__new__(_plain_type(module, parameters))
+    kind = type(module)
     state: dict[str, Any] = dict(vars(module))
+    state["_parameters"] = {**module._parameters, **parameters}
+    computed = [name for name in parameters if isinstance(getattr(kind, name, None), property)]
+    if computed:
+        # The class computes these (NoisyLinear, parametrizations): here they are plain attributes.
+        kind = type(kind.__name__, (kind,), dict.fromkeys(computed))
     for name in parameters:
         state.pop(name, None)
-    state.pop("forward", None)
-    state["_parameters"] = {**module._parameters, **parameters}
+        if name in computed:
+            state["_parameters"].pop(name)
+            state[name] = parameters[name]
     if module.training and module._buffers:  # a second run must not count as a second batch
         state["_buffers"] = {
             k: None if b is None else b.clone() for k, b in module._buffers.items()
         }
+    twin = object.__new__(kind)
     twin.__dict__ = state
     return twin
 
@@ -143,13 +154,3 @@ def with_parameters(module: nn.Module, parameters: Mapping[str, Tensor | None]) 
 def _parametrized(module: nn.Module) -> list[str]:
     held = module._modules.get("parametrizations")
     return list(held._modules) if isinstance(held, nn.ModuleDict) else []
-
-
-def _plain_type(module: nn.Module, names: Mapping[str, Any]) -> type[nn.Module]:
-    """The first class in the layer's ancestry in which the parameters are not properties."""
-    for kind in type(module).__mro__:
-        if not any(isinstance(getattr(kind, name, None), property) for name in names):
-            return kind
-    raise RuleError(
-        f"{type(module).__name__} computes its parameters in a way that rules cannot see."
-    )

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tdhook_like.attribution.lrp.mappers import HOMOGENEOUS
+from tdhook_like.attribution.lrp.mappers import HOMOGENEOUS, ZERO_AT_ZERO
 from tdhook_like.attribution.lrp.rule import Inputs, Rule, RuleMapper, changes, registered
 from tdhook_like.attribution.lrp.rules import IgnoreRule, PassRule, StopRule
 from tdhook_like.errors import RuleError, listed
@@ -29,6 +29,8 @@ class Planned:
         rule: Its rule.
         why: ``"by hand"`` or ``"by the mapper"``; what it amounts to where that is a plain gradient.
         acts: Whether a hook is needed for it.
+        exact_only: Whether the hook only matters for relevance at exact zeros, which the module's own
+            gradient would lose.
     """
 
     path: str
@@ -36,6 +38,7 @@ class Planned:
     rule: Rule
     why: str
     acts: bool
+    exact_only: bool
 
 
 class RulePlan:
@@ -95,7 +98,7 @@ class RulePlan:
         self.changes = changes()
         #: Whether a rule may let nothing pass.
         self.stops = any(isinstance(rule, StopRule) for _, _, rule, _ in found.values())
-        exact = feeds_zeros or any(rule.feeds_zeros for _, _, rule, _ in found.values())
+        exact = feeds_zeros or any(_feeds_zeros(m, rule) for _, m, rule, _ in found.values())
         self.lines = tuple(_planned(*item, exact=exact) for item in found.values())
 
     def __str__(self) -> str:
@@ -111,30 +114,34 @@ class RulePlan:
 
     def hooks(
         self, reached: set[str], of: Callable[[nn.Module], nn.Module]
-    ) -> tuple[dict[nn.Module, Handler], dict[nn.Module, Before]]:
-        """Handlers for one call, on the modules that ``of`` gives for those of the plan.
+    ) -> tuple[dict[int, tuple[nn.Module, Handler]], dict[int, tuple[nn.Module, Before]]]:
+        """Handlers for one call by identity, on the modules that ``of`` gives for the plan's.
 
         Args:
             reached: Gets the path of every module that is called.
             of: From a module of the plan to the one that runs in its place.
         """
-        after: dict[nn.Module, Handler] = {}
-        before: dict[nn.Module, Before] = {}
+        after: dict[int, tuple[nn.Module, Handler]] = {}
+        before: dict[int, tuple[nn.Module, Before]] = {}
         for line in self.lines:
             if not line.acts:
                 continue
             module = of(line.module)
             if getattr(module, "inplace", False) is True:
                 kept: list[Tensor] = []
-                before[module] = _keeper(kept)
-                after[module] = _handler(line, reached, kept)
+                before[id(module)] = (module, _keeper(kept))
+                after[id(module)] = (module, _handler(line, reached, kept))
             else:
-                after[module] = _handler(line, reached, None)
+                after[id(module)] = (module, _handler(line, reached, None))
         return after, before
 
     def check_reached(self, reached: set[str]) -> None:
         """Raises :class:`RuleError` where a rule's module was never called."""
-        missed = [line for line in self.lines if line.acts and line.path not in reached]
+        missed = [
+            line
+            for line in self.lines
+            if line.acts and not line.exact_only and line.path not in reached
+        ]
         if missed:
             raise RuleError(
                 f"The rules of {listed(line.path for line in missed)} were never reached: the forward "
@@ -143,19 +150,26 @@ class RulePlan:
             )
 
 
+def _feeds_zeros(module: nn.Module, rule: Rule) -> bool:
+    if type(rule) is PassRule:
+        return not isinstance(module, HOMOGENEOUS + ZERO_AT_ZERO)
+    return rule.feeds_zeros
+
+
 def _planned(path: str, module: nn.Module, rule: Rule, why: str, *, exact: bool) -> Planned:
     acts = not isinstance(rule, IgnoreRule)
-    if type(rule) is PassRule and isinstance(module, HOMOGENEOUS) and not exact:
+    exact_only = type(rule) is PassRule and isinstance(module, HOMOGENEOUS)
+    if exact_only and not exact:
         # Where no other rule gives relevance to zeros, the gradient passes all of it on.
         acts = False
-    return Planned(
-        path, module, rule, why if acts else f"{why}: its own gradient is this rule", acts
-    )
+    why = why if acts else f"{why}: its own gradient is this rule"
+    return Planned(path, module, rule, why, acts, exact_only)
 
 
 def _keeper(kept: list[Tensor]) -> Before:
     def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
-        kept.append(args[0].clone())  # the module is about to overwrite it
+        if args:
+            kept.append(args[0].clone())  # the module is about to overwrite it
 
     return keep
 
@@ -167,6 +181,11 @@ def _handler(line: Planned, reached: set[str], kept: list[Tensor] | None) -> Han
         reached.add(line.path)
         if kept:
             args = (kept.pop(), *args[1:])
+        elif kept is not None:
+            raise RuleError(
+                f"At {line.path!r}: a rule on a module that works in place needs its input as a "
+                "positional argument, to keep it before it is overwritten."
+            )
         try:
             return line.rule.apply(module, Inputs(args, kwargs), output)
         except RuleError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -66,6 +67,13 @@ class Rule:
     #: Whether the rule may give relevance to inputs that are exactly zero.
     feeds_zeros: bool = True
 
+    def __init_subclass__(cls) -> None:
+        # What a class says of its surrogate does not hold for that of a subclass.
+        if {"surrogate", "share", "relevance"} & set(vars(cls)):
+            for name, careful in (("fresh", False), ("feeds_zeros", True)):
+                if name not in vars(cls):
+                    setattr(cls, name, careful)
+
     def surrogate(self, module: nn.Module, inputs: Inputs, output: Any) -> Any:
         """An expression in ``inputs`` of ``output``'s shape (or structure) that is differentiated.
 
@@ -98,6 +106,12 @@ class Rule:
 
     def apply(self, module: nn.Module, inputs: Inputs, output: Any) -> Any:
         """The output with this rule's gradient: what the hook puts in the output's place."""
+        if not any(is_float(value) for value in leaves(output)):
+            raise RuleError(
+                f"{self!r} cannot look into the {type(output).__name__} that {type(module).__name__} "
+                "returns: it treats tensors, and tuples, lists and dicts of them. Put the rule on the "
+                "modules inside."
+            )
         surrogate = self.surrogate(module, inputs, output)
         if surrogate is None:
             return None
@@ -113,8 +127,13 @@ class Rule:
             ) from None
 
     def _attached(self, module: nn.Module, output: Any, surrogate: Any) -> Any:
-        if not is_float(output) or not is_float(surrogate):
+        if not is_float(output):
             return output
+        if not is_float(surrogate):
+            raise RuleError(
+                f"{self!r} on {type(module).__name__} gave a {type(surrogate).__name__} for an output "
+                f"of shape {tuple(output.shape)}: a surrogate is a tensor of that shape."
+            )
         self._check_shape(module, output, surrogate)
         return attach(output, surrogate)
 
@@ -173,7 +192,8 @@ class RemovableRuleHandle:
         self._rule = rule
         self._module = weakref.ref(module)
         with _LOCK:
-            _REGISTERED.setdefault(module, []).append(self)
+            _REGISTERED.setdefault(id(module), []).append(self)
+            weakref.finalize(module, _REGISTERED.pop, id(module), None)
             _CHANGES[0] += 1
 
     @property
@@ -188,11 +208,11 @@ class RemovableRuleHandle:
             return
         with _LOCK:
             _CHANGES[0] += 1
-            kept = [handle for handle in _REGISTERED.get(module, []) if handle is not self]
+            kept = [handle for handle in _REGISTERED.get(id(module), []) if handle is not self]
             if kept:
-                _REGISTERED[module] = kept
+                _REGISTERED[id(module)] = kept
             else:
-                _REGISTERED.pop(module, None)
+                _REGISTERED.pop(id(module), None)
 
     def __enter__(self) -> RemovableRuleHandle:
         return self
@@ -208,8 +228,7 @@ class RemovableRuleHandle:
 
 _LOCK = threading.Lock()
 _CHANGES = [0]
-_REGISTERED: weakref.WeakKeyDictionary[nn.Module, list[RemovableRuleHandle]]
-_REGISTERED = weakref.WeakKeyDictionary()
+_REGISTERED: dict[int, list[RemovableRuleHandle]] = {}  # by identity: modules may define equality
 
 
 def changes() -> int:
@@ -220,7 +239,7 @@ def changes() -> int:
 def registered(module: nn.Module) -> Rule | None:
     """The rule that was last put on the module by hand, if any."""
     with _LOCK:
-        handles = _REGISTERED.get(module)
+        handles = _REGISTERED.get(id(module))
     return handles[-1].rule if handles else None
 
 
@@ -231,36 +250,55 @@ def is_float(value: Any) -> bool:
 
 def _through_relevance(rule: Rule, module: nn.Module, inputs: Inputs, output: Any) -> Any:
     """The output behind a node that turns gradients into relevance, asks the rule, and back."""
-    values = [value.detach() for value in leaves(output) if is_float(value)]
     tensors = inputs.tensors
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors):  # pyright: ignore
+        raise RuleError(
+            f"{rule!r} on {type(module).__name__}: a rule written as relevance() cannot run inside vmap "
+            "or other function transforms, as agents and ensembles do. Write it as surrogate()."
+        )
     plain = Inputs(mapped(_detached, tuple(inputs)), mapped(_detached, inputs.kwargs))
-    given = mapped(_detached, output)
-
-    class Border(torch.autograd.Function):
-        @staticmethod
-        def forward(*args: Tensor) -> tuple[Tensor, ...]:
-            return tuple(value.clone() for value in values)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            pass
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-            arriving = [g * nonzero(value) for g, value in zip(grads, values, strict=True)]
-            asked = arriving[0] if isinstance(output, Tensor) else tuple(arriving)
-            found = rule.relevance(module, plain, given, asked)
-            shares = (found,) if isinstance(found, Tensor) else tuple(found)
-            if [s.shape for s in shares] != [x.shape for x in tensors]:
-                raise RuleError(
-                    f"{rule!r} on {type(module).__name__}: relevance() gave shapes "
-                    f"{[tuple(s.shape) for s in shares]} for inputs of shapes "
-                    f"{[tuple(x.shape) for x in tensors]}."
-                )
-            return tuple(s / nonzero(x) for s, x in zip(shares, tensors, strict=True))
-
-    found = iter(Border.apply(*tensors))  # pyright: ignore[reportArgumentType]
+    job = _Job(rule, module, plain, mapped(_detached, output), isinstance(output, Tensor))
+    found = iter(_Border.apply(job, *tensors))  # pyright: ignore[reportArgumentType]
     return mapped(lambda value: next(found) if is_float(value) else value, output)
+
+
+@dataclass
+class _Job:
+    """What a border needs to know in the backward pass; all without graphs."""
+
+    rule: Rule
+    module: nn.Module
+    inputs: Inputs
+    output: Any
+    single: bool
+
+    def share(self, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Gradients of the inputs, from those of the outputs."""
+        values = [value for value in leaves(self.output) if is_float(value)]
+        arriving = [g * nonzero(value) for g, value in zip(grads, values, strict=True)]
+        asked = arriving[0] if self.single else tuple(arriving)
+        found = self.rule.relevance(self.module, self.inputs, self.output, asked)
+        shares = (found,) if isinstance(found, Tensor) else found
+        tensors = self.inputs.tensors
+        good = isinstance(shares, tuple | list) and all(isinstance(s, Tensor) for s in shares)
+        if not good or [s.shape for s in shares] != [x.shape for x in tensors]:
+            got = [tuple(s.shape) for s in shares] if good else type(found).__name__
+            raise RuleError(
+                f"{self.rule!r} on {type(self.module).__name__}: relevance() gave {got} for inputs of "
+                f"shapes {[tuple(x.shape) for x in tensors]}. Return one tensor for each, of its shape."
+            )
+        return tuple(s / nonzero(x) for s, x in zip(shares, tensors, strict=True))
+
+
+class _Border(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, job: _Job, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.job = job
+        return tuple(value.clone() for value in leaves(job.output) if is_float(value))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.job.share(grads)
 
 
 def _detached(value: Any) -> Any:

@@ -42,6 +42,20 @@ def positive(name: str, value: float, rule: str) -> float:
     return float(value)
 
 
+def own_ratio(y: Tensor, epsilon: float) -> Tensor:
+    """``y / st(y)``, which does not depend on y's sign. No graph; same shape."""
+    size = y.detach().abs().clamp_min(tiny(y.dtype))
+    return size / (size + epsilon)
+
+
+def nonzero_mask(y: Tensor) -> Tensor:
+    """One where ``y`` is not zero: what arrives at a zero has nothing to be shared by.
+
+    No graph; same shape.
+    """
+    return (y.detach().abs() >= tiny(y.dtype)).to(y.dtype)
+
+
 class EpsilonRule(Rule):
     """The epsilon rule: shares by contribution, a little absorbed for stability.
 
@@ -75,9 +89,7 @@ class EpsilonRule(Rule):
         )
 
     def _factor(self, y: Tensor) -> Tensor:
-        # y / st(y) does not depend on the sign of y.
-        size = y.detach().abs().clamp_min(tiny(y.dtype))
-        return size / (size + self.epsilon)
+        return own_ratio(y, self.epsilon)
 
 
 class UniformEpsilonRule(EpsilonRule):
@@ -91,6 +103,9 @@ class UniformEpsilonRule(EpsilonRule):
     >>> UniformEpsilonRule()
     UniformEpsilonRule(epsilon=1e-06)
     """
+
+    fresh = True
+    feeds_zeros = False
 
     def surrogate(self, module: nn.Module, inputs: Inputs, output: Any) -> Any:
         n = max(len(inputs.attributed), 1)
@@ -197,6 +212,9 @@ class UniformRule(Rule):
     UniformRule()
     """
 
+    fresh = True
+    feeds_zeros = True
+
     def surrogate(self, module: nn.Module, inputs: Inputs, output: Any) -> Any:
         operands = inputs.attributed
         if not isinstance(output, Tensor) or not operands:
@@ -248,7 +266,8 @@ class LayerNormRule(Rule):
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
         if isinstance(weight, Tensor):
             z = z * weight
-        return z + bias if isinstance(bias, Tensor) else z
+        z = z + bias if isinstance(bias, Tensor) else z
+        return z * nonzero_mask(output)
 
 
 class PseudoIdentityRule(Rule):
@@ -304,6 +323,7 @@ class AHQKVRule(Rule):
                 "in three equal parts of the last dimension."
             )
         query, key, value = output.chunk(3, dim=-1)
+        value = value * nonzero_mask(value)
         return torch.cat([query.detach(), key.detach(), value], dim=-1)
 
 

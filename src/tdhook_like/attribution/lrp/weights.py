@@ -20,7 +20,7 @@ from tdhook_like.attribution.lrp.modifiers import (
 from tdhook_like.attribution.lrp.rule import Inputs, Rule
 from tdhook_like.attribution.lrp.rules import positive, single_input
 from tdhook_like.errors import RuleError
-from tdhook_like.hooks.surrogate import nonzero, stabilised, unit
+from tdhook_like.hooks.surrogate import ratio, unit
 
 __all__ = [
     "AlphaBetaRule",
@@ -93,7 +93,7 @@ class _WeightRule(Rule):
 
     def scaled(self, z: Tensor, y: Tensor) -> Tensor:
         """``z · G(y / st(z))``: shares relevance by the parts of z, and scales it to y."""
-        return z * (nonzero(y) / stabilised(z, self.stabilizer))
+        return z * ratio(y, z, self.stabilizer)
 
 
 class ModifiedRule(_WeightRule):
@@ -107,6 +107,9 @@ class ModifiedRule(_WeightRule):
 
     >>> rule = ModifiedRule(ParamModifier(lambda name, p: p.clamp(min=0)))
     """
+
+    fresh = True
+    feeds_zeros = False
 
     def __init__(self, modifier: ParamModifier, stabilizer: float = 1e-6) -> None:
         super().__init__(stabilizer)
@@ -141,6 +144,9 @@ class AlphaBetaRule(_WeightRule):
     >>> AlphaBetaRule(alpha=2.0, beta=1.0)
     AlphaBetaRule(stabilizer=1e-06, alpha=2.0, beta=1.0)
     """
+
+    fresh = True
+    feeds_zeros = False
 
     def __init__(self, alpha: float = 2.0, beta: float = 1.0, stabilizer: float = 1e-6) -> None:
         super().__init__(stabilizer)
@@ -207,6 +213,9 @@ class GammaRule(_WeightRule):
     GammaRule(stabilizer=1e-06, gamma=0.25)
     """
 
+    fresh = True
+    feeds_zeros = False
+
     def __init__(self, gamma: float = 0.25, stabilizer: float = 1e-6) -> None:
         super().__init__(stabilizer)
         if not isinstance(gamma, int | float) or not 0 <= gamma < float("inf"):
@@ -225,8 +234,8 @@ class GammaRule(_WeightRule):
         if down is not None:
             p, n = p + run(down, more(_negative), None), n + run(down, more(_positive), None)
         sign = y.detach()
-        wins = torch.where(sign > 0, nonzero(y) / stabilised(p, self.stabilizer), 0.0)
-        loses = torch.where(sign < 0, nonzero(y) / stabilised(n, self.stabilizer), 0.0)
+        wins = torch.where(sign > 0, ratio(y, p, self.stabilizer), 0.0)
+        loses = torch.where(sign < 0, ratio(y, n, self.stabilizer), 0.0)
         return p * wins + n * loses
 
 
@@ -249,6 +258,7 @@ class ZBoxRule(_WeightRule):
     ZBoxRule(stabilizer=1e-06, low=0.0, high=1.0)
     """
 
+    fresh = True
     feeds_zeros = True
 
     def __init__(
@@ -295,6 +305,7 @@ class WSquareRule(_WeightRule):
     WSquareRule(stabilizer=1e-06)
     """
 
+    fresh = True
     feeds_zeros = True
 
     def share(self, run: Callable[..., Tensor], x: Tensor, y: Tensor) -> Tensor:
@@ -314,6 +325,9 @@ class FlatRule(WSquareRule):
     >>> FlatRule()
     FlatRule(stabilizer=1e-06)
     """
+
+    fresh = True
+    feeds_zeros = True
 
     def share(self, run: Callable[..., Tensor], x: Tensor, y: Tensor) -> Tensor:
         return self.scaled(run(unit(x), torch.ones_like, None), y)
