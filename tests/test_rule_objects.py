@@ -197,3 +197,30 @@ def test_modules_that_are_equal_are_told_apart():
     with FlatRule().register(net.a), GammaRule().register(net.b):
         by_hand = explain(net, lambda n, m: None, [x], R)[0][0]
     assert_close(by_hand, want(ref.flat, ref.gamma), 1e-9)
+
+
+@pytest.mark.parametrize(("record", "sample"), SITES, ids=SITE_IDS)
+def test_a_call_under_a_rule_leaves_no_object_to_the_collector(record: Record, sample: Sample):
+    module, inputs = sample.module(), sample.inputs("mixed")
+    keys = [f"x{i}" for i in range(len(inputs))]
+    td = TensorDict(dict(zip(keys, inputs, strict=True)), [2])
+
+    def total(outputs: TensorDict) -> Tensor:
+        return outputs["y"].flatten(1).sum(-1)
+
+    with LRP(only(module, record.rule()), total).prepare(module, keys, ["y"]) as hooked:
+        hooked(td.clone())
+        hooked.observe(td.clone())
+        gc.collect(1)
+        gc.disable()
+        try:
+            hooked(td.clone())
+            hooked.observe(td.clone())
+            gc.set_debug(gc.DEBUG_SAVEALL)
+            gc.collect(1)
+            left = [type(item).__name__ for item in gc.garbage]
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+            gc.enable()
+    assert not left

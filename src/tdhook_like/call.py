@@ -64,20 +64,22 @@ class Call:
         self._own: TensorDictBase | None = None
         self._batch = td.batch_size  # of where results go
         self._observing = False
+        self._state = rng_state(list(self._inputs.values()))
 
     def drive(self, destination: TensorDictBase) -> TensorDictBase:
         """The plain call, and its explanation; outputs and attributions go to ``destination``."""
         runner, method = self._context.runner, self._method
         self._check_destination(destination, self._context.out_keys)
         grads, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        undo = Undo(runner, list(self._inputs.values()))
+        undo = Undo(runner, self._state)
         try:
             if isinstance(method, GradientMethod) and self._is_one_run(grads, inference):
                 # The plain call is differentiated itself.
                 light = runner.writes_out_keys and self._context.reads_keys and not self._undeclared
-                with _gradients(inference):
-                    run = runner.view if light else self._filled(runner.run)
-                    evaluation, targets = self._evaluate(run, _same)
+                run, captured = runner.view if light else self._filled(runner.run), Captured()
+                # Rules stay on for the backward pass, in which checkpointed blocks run again.
+                with _gradients(inference), self._installed(captured, _same):
+                    evaluation, targets = self._evaluate(run, captured)
                     outputs = evaluation.outputs
                     found = self._combined(method, evaluation, targets)
                 own = self._own
@@ -145,12 +147,13 @@ class Call:
             if not moved(state):
                 return outputs
             # Either the model draws by now (exploration was off before, say), or another thread has.
-            with OwnDraws() as draws:
+            with OwnDraws(self._state) as draws:
                 direct(Shadow(context.model).model, td)
             if draws.drew:
                 restore_rng(state)
         else:
-            with OwnDraws() as draws:
+            # Each run starts alike: what is explained must not change from one to the next.
+            with OwnDraws(self._state) as draws:
                 outputs = direct(shadow.model, td)
         context.draws = draws.drew
         return outputs
@@ -186,28 +189,30 @@ class Call:
             self._declared(reference)
         method = self._method
         if isinstance(method, GradientMethod):
-            evaluated = self._evaluate(self._filled(run), shadow.of, reference, observed=True)
-            return self._combined(method, *evaluated)
+            captured = Captured()
+            with self._installed(captured, shadow.of):
+                filled = self._filled(run)
+                evaluated = self._evaluate(filled, captured, reference, observed=True)
+                return self._combined(method, *evaluated)
         assert isinstance(method, PathMethod)
         return self._along_path(method, run, shadow, reference)
 
     def _evaluate(
         self,
         run: RunAt,
-        of: Callable[[nn.Module], nn.Module],
+        captured: Captured,
         reference: TensorDictBase | None = None,
         *,
         observed: bool = False,
     ) -> tuple[Evaluation, TargetColumns]:
-        """A differentiable run at the inputs themselves."""
+        """A differentiable run at the inputs themselves, under what is installed."""
         context = self._context
         leaves = {key: self._leaf(x) for key, x in self._inputs.items()}
         clones = leaves
         if context.runner.overwrites:
             clones = {key: leaf.clone() for key, leaf in leaves.items()}
-        captured = Captured()
-        with self._installed(captured, of):
-            outputs = self._attempt(run, self._td, clones)
+        outputs = self._attempt(run, self._td, clones)
+        captured.open = False
         self._declared(outputs)
         targets = self._bound(
             outputs if reference is None else reference, observed and reference is None
@@ -259,7 +264,7 @@ class Call:
         if self._undeclared:
             template.batch_size = outputs.batch_size
         keys, inputs = tuple(self._inputs), tuple(x.detach() for x in self._inputs.values())
-        with OwnDraws():  # a buffer is sampled from
+        with OwnDraws(self._state):  # a buffer is sampled from
             baselines = resolve(getattr(method, "baselines", None), template, keys, inputs)
         score = Score(
             lambda td: self._attempt(run, td),

@@ -296,6 +296,11 @@ class HookedModule(TensorDictModuleBase):
         destination = td if out is None else out
         return call.drive(destination) if drive else call.observe(destination)
 
+    @property
+    def context(self) -> HookContext:
+        """The context that this module belongs to; raises :class:`ContextError` once it was left."""
+        return self._opened()
+
     def _opened(self) -> HookContext:
         if self._context is None:
             raise ContextError(

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
+import functools
+import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 
@@ -67,9 +72,44 @@ def children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, child in module._modules.items():
         if child is not None:
             yield name, child
-    for name, value in vars(module).items():
+    others = [
+        (name, value)
+        for name, value in vars(module).items()
+        if type(value) not in _PLAIN and name not in _HELD
+    ]
+    for name, value in others:
         if isinstance(value, nn.Module):
             yield name, value
+    for name, value in others:
+        if not isinstance(value, nn.Module):
+            yield from kept_in(name, value, 2)
+
+
+def kept_in(name: str, value: Any, depth: int) -> Iterator[tuple[str, nn.Module]]:
+    """Modules in an attribute: itself, in a container, bound to a method or closed over."""
+    if isinstance(value, nn.Module):
+        yield name, value
+    elif isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
+        yield name, value.__self__
+    elif not depth:
+        return
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from kept_in(f"{name}.{i}", item, depth - 1)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from kept_in(f"{name}.{key}", item, depth - 1)
+    elif isinstance(value, functools.partial):
+        yield from kept_in(name, value.func, depth - 1)
+        yield from kept_in(name, [*value.args, *value.keywords.values()], depth)
+    elif isinstance(value, types.FunctionType) and value.__closure__:
+        for cell_name, cell in zip(value.__code__.co_freevars, value.__closure__, strict=True):
+            with contextlib.suppress(ValueError):  # a cell that is not filled yet
+                yield from kept_in(f"{name}.{cell_name}", cell.cell_contents, depth - 1)
+
+
+_PLAIN = frozenset({bool, int, float, str, type(None), type, torch.Size, torch.dtype})
+_HELD = frozenset(vars(nn.Module()))
 
 
 @dataclass(frozen=True)

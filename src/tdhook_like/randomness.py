@@ -22,7 +22,10 @@ _SWAP = threading.Lock()
 
 
 class OwnDraws(TorchDispatchMode):
-    """What is drawn inside the block comes from private generators that start at the shared state.
+    """What is drawn inside the block comes from private generators.
+
+    Args:
+        state: Where these start, from :func:`rng_state`; at the shared generators' state if None.
 
     Attributes:
         drew: Whether anything was drawn.
@@ -34,9 +37,10 @@ class OwnDraws(TorchDispatchMode):
     (True, True, True)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, state: list[Any] | None = None) -> None:
         super().__init__()
         self.drew = False
+        self._start = {torch.device("cpu"): state[0], **dict(state[1:])} if state else {}
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def __torch_dispatch__(
@@ -66,7 +70,8 @@ class OwnDraws(TorchDispatchMode):
         device = tensors[0].device if tensors else torch.device(kwargs.get("device") or "cpu")
         if device not in self._generators:
             made = torch.Generator(device)
-            made.set_state(_shared(device).get_state())
+            start = self._start.get(device)
+            made.set_state(_shared(device).get_state() if start is None else start)
             self._generators[device] = made
         return self._generators[device]
 

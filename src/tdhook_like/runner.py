@@ -15,7 +15,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 
 from tdhook_like.errors import KeyNotFoundError, listed
 from tdhook_like.paths import submodules, unwrapped
-from tdhook_like.randomness import restore_rng, rng_state
+from tdhook_like.randomness import restore_rng
 
 __all__ = ["Runner"]
 
@@ -185,11 +185,11 @@ class Undo:
 
     Args:
         runner: Knows which buffers a run may write.
-        tensors: The inputs; they tell which generators are in play.
+        state: The generators' state, from ``rng_state``.
     """
 
-    def __init__(self, runner: Runner, tensors: list[Tensor]) -> None:
-        self._rng = rng_state(tensors)
+    def __init__(self, runner: Runner, state: list[Any]) -> None:
+        self._rng = state
         self._buffers = [
             (holder, name, buffer, buffer.detach().clone(), buffer._version)
             for holder, name, buffer in runner.buffers()

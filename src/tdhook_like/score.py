@@ -30,6 +30,8 @@ class Captured:
     """What flowed out of chosen submodules in one run: a list of tensors by path."""
 
     def __init__(self) -> None:
+        #: Whether runs are still captured; blocks that run again in the backward pass are not.
+        self.open = True
         self.outputs: dict[str, list[Tensor]] = {}
         self._vmapped: dict[tuple[str, int], list[int]] = {}
 
@@ -43,6 +45,8 @@ class Captured:
         def handle(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             changed = rule(module, args, kwargs, output) if rule is not None else None
             output = output if changed is None else changed
+            if not self.open:
+                return mapped(lambda v: v.clone() if isinstance(v, Tensor) else v, output)
             for value in leaves(output):
                 if isinstance(value, Tensor) and value.is_floating_point():
                     self._keep(path, value)
@@ -188,7 +192,7 @@ class Score:
 
     def scores(self, points: Sequence[Tensor]) -> Tensor:
         """Scores ``[k, *B, T]`` at stacked inputs ``[k, *B, *features]``, without a graph."""
-        with torch.no_grad():
+        with torch.no_grad(), self._rules():
             return self._evaluate(self._layout(), points)
 
     @property
@@ -225,11 +229,12 @@ class Score:
             counted = weight != 0
             counts = slice(None) if counted.all() else counted
             points = [point.detach().requires_grad_() for point in path(part)]
-            found = self._evaluate(layout, points)
-            weight = weight.to(found).reshape(-1, *[1] * (found.ndim - 1))
+            with self._rules():
+                found = self._evaluate(layout, points)
+                weight = weight.to(found).reshape(-1, *[1] * (found.ndim - 1))
+                each = gradients(found, points, weight)
             summed = [
-                torch.stack([g[counts].sum(0) for g in grads])
-                for grads in zip(*gradients(found, points, weight), strict=True)
+                torch.stack([g[counts].sum(0) for g in grads]) for grads in zip(*each, strict=True)
             ]
             scores.append(found.detach())
             total = (
@@ -241,16 +246,15 @@ class Score:
     def _evaluate(self, layout: Layout, points: Sequence[Tensor]) -> Tensor:
         if self._overwrites:
             points = [point.clone() for point in points]
-        with self._rules():
-            outputs = layout(self._run, self._template, self._keys, points)
-            scores = self._targets(outputs, outputs.batch_dims)
-            own = outputs.batch_dims - len(self.batch) - 1
-            return members_last(scores, own) if own > 0 else scores
+        outputs = layout(self._run, self._template, self._keys, points)
+        scores = self._targets(outputs, outputs.batch_dims)
+        own = outputs.batch_dims - len(self.batch) - 1
+        return members_last(scores, own) if own > 0 else scores
 
     def _layout(self) -> Layout:
         name = self._layouts.get(len(self.batch))
         if name is None:
-            with torch.no_grad():
+            with torch.no_grad(), self._rules():
                 name = verified(self._evaluate, self.inputs, self.baselines, repr(self._targets))
             self._layouts[len(self.batch)] = name
         return LAYOUTS[name]

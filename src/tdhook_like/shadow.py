@@ -18,7 +18,7 @@ from tensordict import TensorDictBase, TensorDictParams
 from tensordict.nn import ProbabilisticTensorDictSequential
 from torch import nn
 
-from tdhook_like.paths import unwrapped
+from tdhook_like.paths import kept_in, unwrapped
 
 __all__ = ["Shadow", "is_scripted"]
 
@@ -105,12 +105,35 @@ class Shadow:
             return twin
         if type(value) is torch.Tensor:  # state in a plain attribute: a run may write it in place
             return value.detach().clone()
+        if isinstance(value, types.FunctionType) and value.__closure__ and depth:
+            return self._function(value, depth)
         kind: Any = type(value)
         if kind in (list, tuple, set) and depth:
             return kind(self._remade(item, depth - 1) for item in value)
         if kind is dict and depth:
             return {key: self._remade(item, depth - 1) for key, item in value.items()}
         return value
+
+    def _function(self, function: types.FunctionType, depth: int) -> types.FunctionType:
+        """A function over the shadows of the modules that it closes over."""
+        cells = []
+        for cell in function.__closure__ or ():
+            try:
+                held = cell.cell_contents
+            except ValueError:  # not filled yet
+                held = None
+            if any(True for _ in kept_in("", held, depth)):
+                cell = types.CellType(self._remade(held, depth - 1))
+            cells.append(cell)
+        twin = types.FunctionType(
+            function.__code__,
+            function.__globals__,
+            function.__name__,
+            function.__defaults__,
+            tuple(cells),
+        )
+        twin.__kwdefaults__ = function.__kwdefaults__
+        return twin
 
 
 def _dist_params(twin: Any, td: Any, tensordict_out: Any = None, **kwargs: Any) -> Any:

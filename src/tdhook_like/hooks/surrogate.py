@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["attach", "nonzero", "ratio", "scale_gradient", "stabilised", "tiny", "unit"]
+__all__ = ["attach", "finite", "nonzero", "ratio", "scale_gradient", "stabilised", "tiny", "unit"]
 
 
 def tiny(dtype: torch.dtype) -> float:
@@ -57,11 +57,12 @@ def ratio(y: Tensor, z: Tensor, epsilon: float) -> Tensor:
     >>> ratio(torch.tensor([2.0]), torch.tensor([4.0]), 1e-6)
     tensor([0.5000])
     """
-    factor = nonzero(y) / stabilised(z, epsilon)
-    if factor.dtype == torch.float16:  # 1 / 1e-6 is beyond it, and infinity times zero is not zero
-        largest = torch.finfo(torch.float16).max
-        factor = factor.clamp(-largest, largest)
-    return factor
+    return finite(nonzero(y) / stabilised(z, epsilon))
+
+
+def finite(factor: Tensor) -> Tensor:
+    """A factor without what infinities (masks of -inf, half precision) leave: 0 · NaN is not 0."""
+    return factor.nan_to_num(nan=0.0)
 
 
 def unit(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -136,7 +137,7 @@ def with_parameters(module: nn.Module, parameters: Mapping[str, Tensor | None]) 
     computed = [name for name in parameters if isinstance(getattr(kind, name, None), property)]
     if computed:
         # The class computes these (NoisyLinear, parametrizations): here they are plain attributes.
-        kind = type(kind.__name__, (kind,), dict.fromkeys(computed))
+        kind = _uncomputed(kind, tuple(computed))
     for name in parameters:
         state.pop(name, None)
         if name in computed:
@@ -149,6 +150,11 @@ def with_parameters(module: nn.Module, parameters: Mapping[str, Tensor | None]) 
     twin = object.__new__(kind)
     twin.__dict__ = state
     return twin
+
+
+@lru_cache(maxsize=64)
+def _uncomputed(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    return type(kind.__name__, (kind,), dict.fromkeys(names))
 
 
 def _parametrized(module: nn.Module) -> list[str]:

@@ -99,6 +99,8 @@ class RulePlan:
         #: Whether a rule may let nothing pass.
         self.stops = any(isinstance(rule, StopRule) for _, _, rule, _ in found.values())
         exact = feeds_zeros or any(_feeds_zeros(m, rule) for _, m, rule, _ in found.values())
+        # What merely stands in a list or a closure need not run: it may be there for its weights.
+        self._registered = {id(module) for module in model.modules()}
         self.lines = tuple(_planned(*item, exact=exact) for item in found.values())
 
     def __str__(self) -> str:
@@ -140,7 +142,10 @@ class RulePlan:
         missed = [
             line
             for line in self.lines
-            if line.acts and not line.exact_only and line.path not in reached
+            if line.acts
+            and not line.exact_only
+            and line.path not in reached
+            and id(line.module) in self._registered
         ]
         if missed:
             raise RuleError(

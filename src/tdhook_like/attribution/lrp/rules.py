@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tdhook_like.attribution.lrp.rule import Inputs, Rule
 from tdhook_like.errors import RuleError
 from tdhook_like.hooks.structure import mapped
-from tdhook_like.hooks.surrogate import nonzero, stabilised, tiny, unit
+from tdhook_like.hooks.surrogate import finite, nonzero, ratio, tiny, unit
 
 __all__ = [
     "AHQKVRule",
@@ -44,7 +44,7 @@ def positive(name: str, value: float, rule: str) -> float:
 
 def own_ratio(y: Tensor, epsilon: float) -> Tensor:
     """``y / st(y)``, which does not depend on y's sign. No graph; same shape."""
-    size = y.detach().abs().clamp_min(tiny(y.dtype))
+    size = y.detach().abs().clamp(tiny(y.dtype), torch.finfo(y.dtype).max)
     return size / (size + epsilon)
 
 
@@ -166,7 +166,7 @@ class PassRule(Rule):
                 f"shape {tuple(y.shape)} do not correspond element by element. Use EpsilonRule."
             )
         x = x.reshape(y.shape)
-        return x * (nonzero(y) / nonzero(x))
+        return x * finite(nonzero(y) / nonzero(x))
 
 
 class IgnoreRule(Rule):
@@ -223,7 +223,7 @@ class UniformRule(Rule):
             ones = sum(unit(x).expand(output.shape) for x in operands)
         except RuntimeError:
             self._refuse(module, inputs)
-        return ones * (nonzero(output) / len(operands))
+        return ones * (finite(nonzero(output)) / len(operands))
 
     def _refuse(self, module: nn.Module, inputs: Inputs) -> None:
         raise RuleError(
@@ -295,7 +295,7 @@ class PseudoIdentityRule(Rule):
         x = single_input(self, module, inputs)
         if not isinstance(output, Tensor) or x.shape != output.shape:
             raise RuleError(f"{self!r} on {type(module).__name__}: it must keep its input's shape.")
-        return x * (nonzero(output) / stabilised(x, self.stabilizer))
+        return x * ratio(output, x, self.stabilizer)
 
 
 class AHQKVRule(Rule):

@@ -6,6 +6,7 @@ Same notation as in ``rules``. ``run(x, w, b)`` is the layer's own map with othe
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from tdhook_like.attribution.lrp.rule import Inputs, Rule
 from tdhook_like.attribution.lrp.rules import positive, single_input
 from tdhook_like.errors import RuleError
 from tdhook_like.hooks.surrogate import ratio, unit
+from tdhook_like.randomness import OwnDraws
 
 __all__ = [
     "AlphaBetaRule",
@@ -40,6 +42,13 @@ _NOT_AFFINE = (
     *(_NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.LocalResponseNorm),
     *(nn.RNNBase, nn.RNNCellBase, nn.Embedding, nn.EmbeddingBag, nn.PReLU, nn.Bilinear),
 )
+
+
+_DRAW_NOTHING = (
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
+"""Layers that may run again without a thought; others might draw a second time."""
 
 
 class _WeightRule(Rule):
@@ -83,7 +92,8 @@ class _WeightRule(Rule):
             }
             args = [value if item is x else item for item in inputs]
             kwargs = {key: value if item is x else item for key, item in inputs.kwargs.items()}
-            return with_parameters(module, changed).forward(*args, **kwargs)
+            with nullcontext() if type(module) in _DRAW_NOTHING else OwnDraws():
+                return with_parameters(module, changed).forward(*args, **kwargs)
 
         return self.share(run, x, output)
 
@@ -121,7 +131,8 @@ class ModifiedRule(_WeightRule):
         single_input(self, module, inputs)
         if self.check(module) or not isinstance(output, Tensor):
             return super().surrogate(module, inputs, output)  # which says why not
-        z = with_parameters(module, self.modifier(module)).forward(*inputs, **inputs.kwargs)
+        with nullcontext() if type(module) in _DRAW_NOTHING else OwnDraws():
+            z = with_parameters(module, self.modifier(module)).forward(*inputs, **inputs.kwargs)
         return self.scaled(z, output)
 
 
