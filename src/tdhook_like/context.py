@@ -229,8 +229,8 @@ class HookedModule(TensorDictModuleBase):
         super().__init__()
         self._context: HookContext | None = context
         self.module = context.module
-        self.in_keys = list(context.in_keys)
-        self.out_keys = [*context.out_keys, *context.written()]
+        keys: Any = list(context.in_keys), [*context.out_keys, *context.written()]
+        self.in_keys, self.out_keys = keys
         self.training = context.module.training
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -94,7 +94,7 @@ def declare(outputs: TensorDictBase, inputs: list[Tensor], out_keys: Iterable[Ne
     dims = 0
     while all(len(shape) > dims + 1 and shape[dims] == shapes[0][dims] for shape in shapes):
         dims += 1
-    outputs.batch_size = shapes[0][:dims]
+    outputs.batch_size = shapes[0][:dims]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def same_bits(a: TensorDictBase, b: TensorDictBase, keys: Iterable[NestedKey]) -> bool:

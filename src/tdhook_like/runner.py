@@ -79,7 +79,7 @@ class Runner:
     @property
     def is_wrapped(self) -> bool:
         """Whether the plain call runs something else than the model's own Python."""
-        return self._wrapped or skip_existing()
+        return self._wrapped or bool(skip_existing())
 
     def plain(self, td: TensorDictBase) -> TensorDictBase:
         """The plain call, under whatever modes the caller has set."""
@@ -125,12 +125,10 @@ class View:
         self.batch_size = td.batch_size
         self.batch_dims = len(self.batch_size)
 
-    def keys(self, *nested: bool) -> list[NestedKey]:
+    def keys(self, include_nested: bool = False, leaves_only: bool = False) -> list[NestedKey]:
         """What can be read, as :meth:`TensorDictBase.keys` gives it."""
-        return [
-            *self.td.keys(*nested),
-            *(key for key in self.written if key not in self.td.keys(*nested)),
-        ]
+        there = list(self.td.keys(include_nested, leaves_only))
+        return [*there, *(key for key in self.written if key not in there)]
 
     def get(self, key: NestedKey, default: Any = None) -> Any:
         """What was written at ``key``, or else what stood there."""
@@ -203,4 +201,4 @@ class Undo:
             # Batch norm writes its statistics without counting a version.
             if buffer._version != version or not buffer.equal(saved):
                 buffer.data.copy_(saved)
-                torch._C._autograd._unsafe_set_version_counter((buffer,), (version,))
+                torch._C._autograd._unsafe_set_version_counter((buffer,), (version,))  # pyright: ignore[reportAttributeAccessIssue]

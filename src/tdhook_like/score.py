@@ -60,9 +60,9 @@ class Captured:
         # Inside vmap (torchrl's agents and ensembles) what is seen is a wrapper that must not leave;
         # the tensor that it wraps is part of the same graph.
         moved = []
-        while torch._C._functorch.is_batchedtensor(value):
-            moved.append(torch._C._functorch.maybe_get_bdim(value))
-            value = torch._C._functorch.get_unwrapped(value)
+        while torch._C._functorch.is_batchedtensor(value):  # pyright: ignore[reportAttributeAccessIssue]
+            moved.append(torch._C._functorch.maybe_get_bdim(value))  # pyright: ignore[reportAttributeAccessIssue]
+            value = torch._C._functorch.get_unwrapped(value)  # pyright: ignore[reportAttributeAccessIssue]
         if moved:
             self._vmapped[path, len(calls)] = moved
         calls.append(value)

@@ -51,9 +51,8 @@ class Shadow:
         if isinstance(module, TensorDictParams):
             # A container of parameters: nothing runs in it, but it notes to which module its
             # parameters were last lent.
-            twin = self._twins[id(module)] = TensorDictParams(
-                module._param_td.copy(), no_convert=True
-            )
+            held: Any = module._param_td
+            twin = self._twins[id(module)] = TensorDictParams(held.copy(), no_convert=True)
             return twin
         inner = unwrapped(module)
         if inner is not module:  # compiled code would not see rules: run what it was made from
@@ -108,10 +107,11 @@ class Shadow:
         if isinstance(value, types.FunctionType) and value.__closure__ and depth:
             return self._function(value, depth)
         kind: Any = type(value)
+        held: Any = value
         if kind in (list, tuple, set) and depth:
-            return kind(self._remade(item, depth - 1) for item in value)
+            return kind(self._remade(item, depth - 1) for item in held)
         if kind is dict and depth:
-            return {key: self._remade(item, depth - 1) for key, item in value.items()}
+            return {key: self._remade(item, depth - 1) for key, item in held.items()}
         return value
 
     def _function(self, function: types.FunctionType, depth: int) -> types.FunctionType:

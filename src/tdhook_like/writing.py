@@ -105,10 +105,8 @@ def results(context: HookContext, batch: torch.Size, found: Written) -> list[Res
         several = isinstance(context.targets[name], Each)
 
         def one(values: Any, columns: slice = columns, several: bool = several) -> Tensor:
-            if several:
-                value = torch.stack(list(values[columns]), found.dims)
-            else:
-                value = values[columns.start]
+            chosen = values[columns] if several else values[columns.start]
+            value = torch.stack(list(chosen), found.dims) if several else chosen
             return value if method.create_graph else value.detach()
 
         for key, values in zip(found.keys, attribution.inputs, strict=True):

@@ -40,7 +40,7 @@ class Attribution:
     """
 
     inputs: Sequence[Sequence[Tensor] | Tensor]
-    modules: dict[str, list[Sequence[Tensor]]] = field(default_factory=dict)
+    modules: Mapping[str, Sequence[Sequence[Tensor]]] = field(default_factory=dict)
     gap: Tensor | None = None
     scale: Tensor | None = None
 

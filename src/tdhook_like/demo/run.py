@@ -135,7 +135,7 @@ def explain(episodes: int = 4, seed: int = 0) -> Findings:
     names = [("action",), ("next", "reward"), *((key,) for key in KEYS)]
     same = all(torch.equal(td[name], plain[name]) for name in names)
 
-    results = TensorDict({"LRP": td.select("attr")}, td.batch_size, names=[None, "time"])
+    results = TensorDict({"LRP": td.select("attr")}, td.batch_size)
     for name, method in tqdm(METHODS.items(), desc="explaining the record", unit="method"):
         if name == "LRP":
             continue

@@ -1,4 +1,4 @@
-"""Mappers: which submodule gets which rule. A mapper is any callable ``(name, module) -> Rule | None``."""
+"""Mappers: which submodule gets which rule; any callable ``(name, module) -> Rule | None``."""
 
 from __future__ import annotations
 

@@ -222,7 +222,7 @@ class UniformRule(Rule):
         try:
             ones = sum(unit(x).expand(output.shape) for x in operands)
         except RuntimeError:
-            self._refuse(module, inputs)
+            return self._refuse(module, inputs)
         return ones * (finite(nonzero(output)) / len(operands))
 
     def _refuse(self, module: nn.Module, inputs: Inputs) -> None:

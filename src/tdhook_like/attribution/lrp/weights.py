@@ -349,7 +349,7 @@ def known_nonnegative(x: Tensor) -> bool:
 
     Under vmap, grad transforms, compilation and CUDA graphs it cannot, and the answer is no.
     """
-    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x):
+    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x):  # pyright: ignore[reportAttributeAccessIssue]
         return False
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
