@@ -18,10 +18,11 @@ from tdhook_like.call import Call
 from tdhook_like.defaults import default_target, recurrent_modules
 from tdhook_like.errors import ContextError, KeyNotFoundError, ModelError, TargetError, listed
 from tdhook_like.keys import as_tuple, check_known, key_list, shortest
-from tdhook_like.paths import Selection, select, unwrapped
+from tdhook_like.paths import Selection, select, unwrapped, walk
 from tdhook_like.runner import Runner
+from tdhook_like.score import TargetColumns
 from tdhook_like.shadow import is_scripted
-from tdhook_like.targets import Target, as_targets
+from tdhook_like.targets import Output, Target, as_targets
 
 if TYPE_CHECKING:
     from tdhook_like.attribution.method import Method
@@ -74,6 +75,7 @@ class HookContext:
         self.tree = inner if inner is unwrapped(module) else unwrapped(module)
         self.in_keys = [shortest(as_tuple(key)) for key in _unique(self.model.in_keys)]
         self.out_keys = [shortest(as_tuple(k)) for k in self.model.out_keys if k != "_"]
+        self._walked = list(walk(self.tree))
         self.keys = self._attributed(subset)
         self.targets = self._targets()
         self.at = _selection(self.tree, method.at)
@@ -83,13 +85,16 @@ class HookContext:
         for selection in (self.at, self.activations):
             self.captures.update(selection.modules if selection else {})
         self._plan = self._planned()
-        self.runner = Runner(self.module, self.model)
+        self.runner = Runner(self.module, self.model, [m for _, m, first in self._walked if first])
         self.reads_keys = all(target.reads_keys for target in self.targets.values())
         #: How further evaluations are stacked, by the number of batch dimensions.
         self.layouts: dict[int, str] = {}
         #: Whether the model draws random numbers in evaluation mode; None until it was run.
         self.draws: bool | None = None
-        self._recurrent = recurrent_modules(self.model)
+        self._recurrent = recurrent_modules([m for _, m, _ in self._walked])
+        #: Whether targets do not depend on what a call gives; then they are bound once per shape.
+        self.targets_are_fixed = all(type(target) is Output for target in self.targets.values())
+        self.bound: dict[Any, TargetColumns] = {}
         #: Whether a differentiable run repeats the plain call bit for bit, by what was tried out.
         self.one_run: dict[Any, bool] = {}
         self._open: HookedModule | None = None
@@ -115,6 +120,7 @@ class HookContext:
         self._open = None
         self.layouts.clear()
         self.one_run.clear()
+        self.bound.clear()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Always raises: what can be called is what entering the context gives."""
@@ -163,7 +169,8 @@ class HookContext:
         mapper = self.method.rules
         if mapper is None:
             return None
-        return RulePlan(self.tree, mapper, getattr(self.method, "feeds_zeros", False))
+        feeds_zeros = getattr(self.method, "feeds_zeros", False)
+        return RulePlan(self.tree, mapper, feeds_zeros, self._walked)
 
     @property
     def time_is_mixed(self) -> bool:

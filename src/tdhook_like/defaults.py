@@ -20,16 +20,16 @@ from tdhook_like.targets import LogProb, Output, Target
 __all__ = ["default_target"]
 
 
-def recurrent_modules(model: nn.Module) -> list[Any]:
-    """The torchrl modules of a model that can run over time within one call.
+def recurrent_modules(modules: Sequence[nn.Module]) -> list[Any]:
+    """Those torchrl modules among a model's that can run over time within one call.
 
-    >>> recurrent_modules(nn.Linear(2, 2))
+    >>> recurrent_modules([nn.Linear(2, 2)])
     []
     """
     rl = sys.modules.get("torchrl.modules")
     if rl is None:
         return []
-    return [part for part in model.modules() if isinstance(part, rl.LSTMModule | rl.GRUModule)]
+    return [part for part in modules if isinstance(part, rl.LSTMModule | rl.GRUModule)]
 
 
 def default_target(model: nn.Module, out_keys: Sequence[NestedKey]) -> Target:

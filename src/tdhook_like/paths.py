@@ -22,6 +22,10 @@ Selector = str | type[nn.Module]
 """A path such as ``"actor.0"``, a glob such as ``"actor.*"``, or a module type."""
 
 
+Walked = list[tuple[str, nn.Module, bool]]
+"""What :func:`walk` gives, as a list."""
+
+
 def submodules(root: nn.Module) -> dict[str, nn.Module]:
     """Every submodule by its path, the root as ``""``; each once, under its first path.
 
@@ -75,7 +79,7 @@ def children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     others = [
         (name, value)
         for name, value in vars(module).items()
-        if type(value) not in _PLAIN and name not in _HELD
+        if name not in _HELD and type(value) not in _PLAIN
     ]
     for name, value in others:
         if isinstance(value, nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from tdhook_like.errors import KeyNotFoundError, listed
-from tdhook_like.paths import submodules, unwrapped
+from tdhook_like.paths import unwrapped
 from tdhook_like.randomness import restore_rng
 
 __all__ = ["Runner"]
@@ -26,11 +26,13 @@ class Runner:
     Args:
         module: What the user gave, perhaps compiled or wrapped.
         model: The TensorDictModule that it is made of.
+        parts: Every module inside.
     """
 
-    def __init__(self, module: nn.Module, model: TensorDictModuleBase) -> None:
+    def __init__(
+        self, module: nn.Module, model: TensorDictModuleBase, parts: Sequence[nn.Module]
+    ) -> None:
         self.module, self.model = module, model
-        parts = list(submodules(model).values())
         self._wrapped = module is not model or any(
             unwrapped(child) is not child
             for part in parts

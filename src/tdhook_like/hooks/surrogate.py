@@ -57,12 +57,15 @@ def ratio(y: Tensor, z: Tensor, epsilon: float) -> Tensor:
     >>> ratio(torch.tensor([2.0]), torch.tensor([4.0]), 1e-6)
     tensor([0.5000])
     """
-    return finite(nonzero(y) / stabilised(z, epsilon))
+    return finite(nonzero(y).div_(stabilised(z, epsilon)))
 
 
 def finite(factor: Tensor) -> Tensor:
-    """A factor without what infinities (masks of -inf, half precision) leave: 0 · NaN is not 0."""
-    return factor.nan_to_num(nan=0.0)
+    """A factor, in place, without what infinities leave (masks of -inf, half precision).
+
+    Nothing arrives where they stand, but zero times NaN is not zero.
+    """
+    return factor.nan_to_num_(nan=0.0)
 
 
 def unit(x: Tensor) -> Tensor:

@@ -49,10 +49,10 @@ class Output(Target):
     def bind(self, reference: Reference) -> Pick:
         values = reference.values(self.key, self)
         check_index(self, self.index, tuple(values.shape[reference.dims :]))
-        key, index = self.key, self.index
+        key, index, known = self.key, self.index, reference.out_keys
 
         def pick(outputs: TensorDictBase, dims: int) -> Tensor:
-            found = values_at(outputs, key, self, reference.out_keys)
+            found = values_at(outputs, key, self, known)
             return found[(*[slice(None)] * dims, *index)] if index else found
 
         return pick
@@ -66,10 +66,10 @@ class Output(Target):
             or type(self.index[0]) is not int
         ):
             return pick
-        key, start = self.key, self.index[0] % values.shape[-1]
+        key, start, known = self.key, self.index[0] % values.shape[-1], reference.out_keys
 
         def column(outputs: TensorDictBase, dims: int) -> Tensor:
-            return values_at(outputs, key, self, reference.out_keys).narrow(-1, start, 1)
+            return values_at(outputs, key, self, known).narrow(-1, start, 1)
 
         return column
 

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tdhook_like.attribution.lrp.mappers import HOMOGENEOUS, ZERO_AT_ZERO
+from tdhook_like.attribution.lrp.mappers import HOMOGENEOUS, LINEAR_OR_PICKING, ZERO_AT_ZERO
 from tdhook_like.attribution.lrp.rule import Inputs, Rule, RuleMapper, changes, registered
 from tdhook_like.attribution.lrp.rules import IgnoreRule, PassRule, StopRule
 from tdhook_like.errors import RuleError, listed
 from tdhook_like.hooks.installation import Before, Handler
-from tdhook_like.paths import walk
+from tdhook_like.paths import Walked, walk
 
 __all__ = ["Planned", "RulePlan"]
 
@@ -48,6 +48,7 @@ class RulePlan:
         model: The model.
         mapper: From path and submodule to a rule, or None.
         feeds_zeros: Whether relevance may start at scores that are exactly zero.
+        walked: What :func:`walk` gave for the model, if that is known.
 
     Raises:
         RuleError: If the mapper is not callable, gives something else than a rule, or a rule that
@@ -60,7 +61,13 @@ class RulePlan:
     1     ReLU    PassRule()                  by the mapper: its own gradient is this rule
     """
 
-    def __init__(self, model: nn.Module, mapper: RuleMapper, feeds_zeros: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        mapper: RuleMapper,
+        feeds_zeros: bool = False,
+        walked: Walked | None = None,
+    ) -> None:
         if not callable(mapper) or isinstance(mapper, type | Rule):
             raise RuleError(
                 f"The rule mapper must be a callable (name, module) -> Rule | None, got {mapper!r}. "
@@ -75,8 +82,10 @@ class RulePlan:
             ) from None
         except ValueError:  # a callable without a signature to look at
             pass
+        walked = list(walk(model)) if walked is None else walked
+        every = [module for _, module, first in walked if first]
         found: dict[int, tuple[str, nn.Module, Rule, str]] = {}
-        for path, module, _ in walk(model):
+        for path, module, _ in walked:
             if id(module) in found:
                 continue
             rule, why = registered(module), "by hand"
@@ -98,7 +107,7 @@ class RulePlan:
         self.changes = changes()
         #: Whether a rule may let nothing pass.
         self.stops = any(isinstance(rule, StopRule) for _, _, rule, _ in found.values())
-        exact = feeds_zeros or any(_feeds_zeros(m, rule) for _, m, rule, _ in found.values())
+        exact = feeds_zeros or _feeds_zeros(every, {key: line[2] for key, line in found.items()})
         # What merely stands in a list or a closure need not run: it may be there for its weights.
         self._registered = {id(module) for module in model.modules()}
         self.lines = tuple(_planned(*item, exact=exact) for item in found.values())
@@ -155,10 +164,20 @@ class RulePlan:
             )
 
 
-def _feeds_zeros(module: nn.Module, rule: Rule) -> bool:
-    if type(rule) is PassRule:
-        return not isinstance(module, HOMOGENEOUS + ZERO_AT_ZERO)
-    return rule.feeds_zeros
+def _feeds_zeros(every: list[nn.Module], rules: dict[int, Rule]) -> bool:
+    """Whether some rule gives relevance to what a dead ReLU gives, going by the order of modules."""
+    behind_zeros = False
+    for module in every:
+        rule = rules.get(id(module))
+        if type(rule) is PassRule and not isinstance(module, HOMOGENEOUS + ZERO_AT_ZERO):
+            # A batch norm (or a sigmoid) behind a convolution does not meet exact zeros.
+            if behind_zeros:
+                return True
+        elif rule is not None and rule.feeds_zeros:
+            return True
+        if not module._modules and not isinstance(module, LINEAR_OR_PICKING):
+            behind_zeros = isinstance(module, HOMOGENEOUS)
+    return False
 
 
 def _planned(path: str, module: nn.Module, rule: Rule, why: str, *, exact: bool) -> Planned:

@@ -44,8 +44,8 @@ def positive(name: str, value: float, rule: str) -> float:
 
 def own_ratio(y: Tensor, epsilon: float) -> Tensor:
     """``y / st(y)``, which does not depend on y's sign. No graph; same shape."""
-    size = y.detach().abs().clamp(tiny(y.dtype), torch.finfo(y.dtype).max)
-    return size / (size + epsilon)
+    size = y.detach().abs().clamp_(tiny(y.dtype), torch.finfo(y.dtype).max)
+    return size.div_(size + epsilon)
 
 
 def nonzero_mask(y: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ class PassRule(Rule):
                 f"shape {tuple(y.shape)} do not correspond element by element. Use EpsilonRule."
             )
         x = x.reshape(y.shape)
-        return x * finite(nonzero(y) / nonzero(x))
+        return x * finite(nonzero(y).div_(nonzero(x)))
 
 
 class IgnoreRule(Rule):
