@@ -44,7 +44,7 @@ def positive(name: str, value: float, rule: str) -> float:
 
 def own_ratio(y: Tensor, epsilon: float) -> Tensor:
     """``y / st(y)``, which does not depend on y's sign. No graph; same shape."""
-    size = y.detach().abs().clamp_(tiny(y.dtype), torch.finfo(y.dtype).max)
+    size = y.detach().abs().clamp(tiny(y.dtype), torch.finfo(y.dtype).max)
     return size.div_(size + epsilon)
 
 
