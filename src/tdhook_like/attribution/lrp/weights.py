@@ -99,7 +99,7 @@ class _WeightRule(Rule):
 
     def share(self, run: Callable[..., Tensor], x: Tensor, y: Tensor) -> Tensor:
         """The surrogate, from ``run(x, change of weights, change of bias or None for no bias)``."""
-        raise NotImplementedError
+        raise RuleError(f"{type(self).__name__} must override share(run, x, y).")
 
     def scaled(self, z: Tensor, y: Tensor) -> Tensor:
         """``z · G(y / st(z))``: shares relevance by the parts of z, and scales it to y."""
