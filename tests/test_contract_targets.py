@@ -374,3 +374,17 @@ def test_targets_print_compare_and_can_be_sent_to_another_process():
         method = Saliency(form)
         assert copy.deepcopy(method) == method == pickle.loads(pickle.dumps(method))
         assert "object at" not in repr(method)
+
+
+def test_a_target_is_bound_anew_for_another_batch_over_the_same_tensors():
+    table = TensorDictModule(nn.Identity(), ["x"], ["y"])
+    x = torch.randn(4, 3, 2)
+    with Saliency(Each(("y", 1)), abs=False).prepare(table) as hooked:
+        wide = hooked(TensorDict({"x": x}, [4, 3]))["attr", "x"]
+        narrow = hooked(TensorDict({"x": x}, [4]))["attr", "x"]
+    assert wide.shape == (4, 3, 1, 2) and wide.sum() == 12  # y[..., 1] of each element
+    assert narrow.shape == (4, 2, 3, 2) and narrow.sum() == 8  # both numbers of y[:, 1]
+    with Saliency(("y", 1), abs=False).prepare(table) as hooked:
+        hooked(TensorDict({"x": x}, [4, 3]))
+        with pytest.raises(TargetError, match="ambiguous"):
+            hooked(TensorDict({"x": x}, [4]))

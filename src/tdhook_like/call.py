@@ -335,7 +335,7 @@ class Call:
         # An output's entry is the same for all inputs of the same shapes: it is bound once.
         mixed = context.time_is_mixed
         fixed = context.bound if context.targets_are_fixed and not mixed else {}
-        tried = (self._undeclared, *[x.shape for x in self._inputs.values()])
+        tried = (outputs.batch_size, *[x.shape for x in self._inputs.values()])
         if tried in fixed:
             return fixed[tried]
         recorded = self._td if observed else None
