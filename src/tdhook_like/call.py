@@ -28,7 +28,7 @@ from tdhook_like.layout import Run
 from tdhook_like.randomness import ForeignDraws, OwnDraws, moved, restore_rng, rng_state
 from tdhook_like.reading import attributed, declare, private_copy, same_bits
 from tdhook_like.runner import Undo, direct
-from tdhook_like.score import Captured, Evaluation, Score, TargetColumns, members_last
+from tdhook_like.score import Captured, Evaluation, Score, TargetColumns, joined, members_last
 from tdhook_like.shadow import Shadow
 from tdhook_like.targets import AtStep, Reference
 from tdhook_like.writing import Written, results, write, write_outputs
@@ -220,11 +220,12 @@ class Call:
             outputs if reference is None else reference, observed and reference is None
         )
         scores = targets(outputs, outputs.batch_dims)
-        self._check_scores(scores)
+        for part in scores:
+            self._check_scores(part)
         # An ensemble gives a batch of its own, members first: each member is a target apart.
         own = outputs.batch_dims - self._td.batch_dims
         if own and not self._undeclared:
-            scores = members_last(scores, own)
+            scores = [members_last(joined(scores), own)]
         stops = context.plan is not None and context.plan.stops
         return Evaluation(tuple(leaves.values()), outputs, scores, captured, stops), targets
 

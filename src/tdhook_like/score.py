@@ -6,7 +6,7 @@ It knows nothing of what a method makes of them, nor of where results are writte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -106,8 +106,11 @@ class TargetColumns:
     def __repr__(self) -> str:
         return ", ".join(repr(target) for target in self._targets.values())
 
-    def __call__(self, outputs: TensorDictBase | View, dims: int) -> Tensor:
-        """Scores ``[*batch, T]`` of outputs with ``dims`` batch dimensions."""
+    def __call__(self, outputs: TensorDictBase | View, dims: int) -> list[Tensor]:
+        """Scores of outputs with ``dims`` batch dimensions, ``[*batch, n]`` for each named target.
+
+        They are not joined: each is differentiated by its own, shorter way.
+        """
         batch = outputs.batch_size
         found = [
             columns(target, pick(outputs, dims), dims, batch)
@@ -130,7 +133,7 @@ class TargetColumns:
             for name, values in zip(self._targets, found, strict=True):
                 self.slices[name] = slice(start, start + values.shape[-1])
                 start += values.shape[-1]
-        return found[0] if len(found) == 1 else torch.cat(found, -1)
+        return found
 
 
 @dataclass
@@ -140,14 +143,14 @@ class Evaluation:
     Attributes:
         leaves: The inputs, ``[*B, *features]`` each; what is differentiated.
         outputs: What the model wrote.
-        scores: ``[*B, T]``.
+        parts: Scores, ``[*B, n]`` for each named target.
         captured: What flowed out of the chosen submodules.
         stopped: Whether a rule may let nothing pass, so that no gradient is an answer, too.
     """
 
     leaves: tuple[Tensor, ...]
     outputs: TensorDictBase | View
-    scores: Tensor
+    parts: list[Tensor]
     captured: Captured
     stopped: bool = False
 
@@ -193,7 +196,7 @@ class Score:
     def scores(self, points: Sequence[Tensor]) -> Tensor:
         """Scores ``[k, *B, T]`` at stacked inputs ``[k, *B, *features]``, without a graph."""
         with torch.no_grad(), self._rules():
-            return self._evaluate(self._layout(), points)
+            return joined(self._evaluate(self._layout(), points))
 
     @property
     def what(self) -> str:
@@ -231,33 +234,43 @@ class Score:
             points = [point.detach().requires_grad_() for point in path(part)]
             with self._rules():
                 found = self._evaluate(layout, points)
-                weight = weight.to(found).reshape(-1, *[1] * (found.ndim - 1))
+                weight = weight.to(found[0]).reshape(-1, *[1] * (found[0].ndim - 1))
                 each = gradients(found, points, weight)
             summed = [
                 torch.stack([g[counts].sum(0) for g in grads]) for grads in zip(*each, strict=True)
             ]
-            scores.append(found.detach())
+            scores.append(joined(found).detach())
             total = (
                 summed if total is None else [a.add_(b) for a, b in zip(total, summed, strict=True)]
             )
         assert total is not None
         return total, torch.cat(scores)
 
-    def _evaluate(self, layout: Layout, points: Sequence[Tensor]) -> Tensor:
+    def _evaluate(self, layout: Layout, points: Sequence[Tensor]) -> list[Tensor]:
         if self._overwrites:
             points = [point.clone() for point in points]
         outputs = layout(self._run, self._template, self._keys, points)
         scores = self._targets(outputs, outputs.batch_dims)
         own = outputs.batch_dims - len(self.batch) - 1
-        return members_last(scores, own) if own > 0 else scores
+        return [members_last(joined(scores), own)] if own > 0 else scores
 
     def _layout(self) -> Layout:
         name = self._layouts.get(len(self.batch))
         if name is None:
             with torch.no_grad(), self._rules():
-                name = verified(self._evaluate, self.inputs, self.baselines, repr(self._targets))
+                name = verified(
+                    lambda layout, points: joined(self._evaluate(layout, points)),
+                    self.inputs,
+                    self.baselines,
+                    repr(self._targets),
+                )
             self._layouts[len(self.batch)] = name
         return LAYOUTS[name]
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Scores of all named targets as the columns of one tensor, ``[*batch, T]``."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), -1)
 
 
 def members_last(scores: Tensor, own: int) -> Tensor:
@@ -271,19 +284,19 @@ def members_last(scores: Tensor, own: int) -> Tensor:
 
 
 def gradients(
-    scores: Tensor,
+    parts: Sequence[Tensor],
     inputs: Sequence[Tensor],
     weight: Tensor | None = None,
     *,
     create_graph: bool = False,
     stopped: bool = False,
 ) -> list[tuple[Tensor, ...]]:
-    """The gradient of every column of ``scores`` with respect to every input.
+    """The gradient of every column of the scores with respect to every input.
 
     Args:
-        scores: ``[*batch, T]``.
+        parts: Scores, ``[*batch, n]`` each; T columns in all.
         inputs: What the scores depend on.
-        weight: What each score counts, broadcasting to ``scores``; one if None.
+        weight: What each score counts, broadcasting to ``[*batch, T]``; one if None.
         create_graph: Whether the gradients can be differentiated again.
         stopped: Whether it is right that nothing arrives; the gradients are zeros then.
 
@@ -294,27 +307,22 @@ def gradients(
     Raises:
         TargetError: If the scores depend on none of the inputs in a differentiable way.
     """
-    n = scores.shape[-1]
-    if not scores.requires_grad:
-        if stopped:
-            return [tuple(torch.zeros_like(x) for x in inputs)] * n
-        raise TargetError(_NO_PATH)
-    whole = scores.new_ones(()) if weight is None else weight
-    whole = whole.expand_as(scores)
+    total = sum(part.shape[-1] for part in parts)
+    seeds = [seed for part in _seeds(parts, weight, total) for seed in part]
+    roots = [part for part in parts for _ in range(part.shape[-1])]
+    live = [t for t, root in enumerate(roots) if root.requires_grad]
     found, reached = [], False
-    for t in range(n):
-        seed = whole
-        if n > 1:
-            seed = torch.zeros_like(scores)
-            seed[..., t] = whole[..., t]
-        grads = torch.autograd.grad(
-            scores,
-            inputs,
-            seed,
-            retain_graph=create_graph or t < n - 1,
-            create_graph=create_graph,
-            allow_unused=True,
-        )
+    for t, (root, seed) in enumerate(zip(roots, seeds, strict=True)):
+        grads: Sequence[Tensor | None] = [None] * len(inputs)
+        if root.requires_grad:
+            grads = torch.autograd.grad(
+                root,
+                inputs,
+                seed,
+                retain_graph=create_graph or t < live[-1],
+                create_graph=create_graph,
+                allow_unused=True,
+            )
         reached = reached or any(g is not None for g in grads)
         found.append(
             tuple(
@@ -324,6 +332,27 @@ def gradients(
     if not reached and not stopped:
         raise TargetError(_NO_PATH)
     return found
+
+
+def _seeds(parts: Sequence[Tensor], weight: Tensor | None, total: int) -> Iterator[list[Tensor]]:
+    """For each part, the start of the backward pass of each of its columns."""
+    start = 0
+    for part in parts:
+        n = part.shape[-1]
+        if weight is None:
+            whole = part.new_ones(()).expand_as(part)
+        else:
+            whole = weight.expand((*part.shape[:-1], total))[..., start : start + n]
+        start += n
+        if n == 1:
+            yield [whole]
+            continue
+        seeds = []
+        for t in range(n):
+            seed = torch.zeros_like(part)
+            seed[..., t] = whole[..., t]
+            seeds.append(seed)
+        yield seeds
 
 
 _NO_PATH = (

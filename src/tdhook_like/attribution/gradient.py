@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from tdhook_like.attribution.lrp.rule import RuleMapper
 from tdhook_like.attribution.method import GradientMethod, Targets
 from tdhook_like.errors import RuleError
 from tdhook_like.hooks.surrogate import nonzero
+from tdhook_like.score import joined
 
 __all__ = ["LRP", "InputXGradient", "Saliency"]
 
@@ -123,10 +125,13 @@ class LRP(GradientMethod):
         """Activation times relevance per unit of activation, zeros standing for a tiny value."""
         return nonzero(value) * gradient
 
-    def weigh(self, scores: Tensor) -> Tensor | None:
+    def weigh(self, parts: Sequence[Tensor]) -> Tensor | None:
         """The start, per unit of the score."""
+        if isinstance(self.start, str) and self.start == "value":
+            return None
+        scores = joined(parts)
         if isinstance(self.start, str):
-            return None if self.start == "value" else 1 / nonzero(scores)
+            return 1 / nonzero(scores)
         try:
             start = self.start.to(scores).expand(scores.shape)
         except RuntimeError:

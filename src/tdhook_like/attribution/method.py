@@ -177,18 +177,22 @@ class GradientMethod(Method):
     def combine(self, value: Tensor, gradient: Tensor) -> Tensor:
         """The attribution of ``value``, of its shape."""
 
-    def weigh(self, scores: Tensor) -> Tensor | None:
-        """What each score ``[*B, T]`` counts at the start of the backward pass; one if None."""
+    def weigh(self, parts: Sequence[Tensor]) -> Tensor | None:
+        """What each score counts at the start of the backward pass, ``[*B, T]``; one if None.
+
+        Args:
+            parts: The scores, ``[*B, n]`` for each named target; T columns in all.
+        """
         return None
 
     def attribute(self, evaluation: Evaluation) -> Attribution:
         """Attributions of the inputs, and of what flowed out of the chosen submodules."""
         values = [*evaluation.leaves, *evaluation.captured.flat()]
-        scores = evaluation.scores
+        weight = self.weigh(evaluation.parts)
         found = gradients(
-            scores,
+            evaluation.parts,
             values,
-            self.weigh(scores),
+            weight,
             create_graph=self.create_graph,
             stopped=evaluation.stopped,
         )
