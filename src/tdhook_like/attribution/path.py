@@ -27,7 +27,7 @@ QUADRATURES = (
 )
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=64, typed=True)
 def quadrature(method: str, n: int) -> tuple[Tensor, Tensor]:
     """Nodes in [0, 1] and weights that sum to one, both ``[n]`` in float64.
 
@@ -126,9 +126,7 @@ class IntegratedGradients(PathMethod):
         """Integrates the gradient between the baselines and ``score.inputs``."""
         ways = [x - b for x, b in zip(score.inputs, baselines, strict=True)]
         nodes, weights = quadrature(self.method, self.n_steps)
-        # The ends of the path are evaluated along with the first nodes, for the gap.
         ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
-        nodes, weights = torch.cat([ends, nodes]), torch.cat([torch.zeros(2).double(), weights])
 
         def path(part: Tensor) -> list[Tensor]:
             return [
@@ -136,7 +134,14 @@ class IntegratedGradients(PathMethod):
                 for b, way in zip(baselines, ways, strict=True)
             ]
 
-        grads, scores = score.path_gradient(path, nodes, weights)
+        if score.chunk() < len(nodes):
+            # The ends of the path, for the gap: without a graph where that saves real work, along
+            # with the nodes where a call of its own would cost more.
+            scores = score.scores(path(ends))
+            grads, _ = score.path_gradient(path, nodes, weights)
+        else:
+            nodes, weights = torch.cat([ends, nodes]), torch.cat([ends.new_zeros(2), weights])
+            grads, scores = score.path_gradient(path, nodes, weights)
         if not torch.isfinite(scores[:2]).all():
             end = "input" if torch.isfinite(scores[0]).all() else "baseline"
             raise TargetError(
