@@ -398,3 +398,16 @@ def test_rules_leave_parametrised_weights_alone():
     ).unsqueeze(-1)
     expected = share * layer(td["x"])[:, :1]
     torch.testing.assert_close(td["attr", "x"], expected.detach())
+
+
+def test_a_compiled_plain_module_is_explained_through_its_original():
+    net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
+    compiled = torch.compile(net, backend="eager")
+    td = TensorDict({"x": torch.randn(4, 3)}, [4])
+    compiled(td["x"])  # compiled before any rule is on
+    found = {}
+    for name, module in {"plain": net, "compiled": compiled}.items():
+        with LRP(EpsilonPlus(), ("y", 1)).prepare(module, ["x"], ["y"]) as hooked:
+            assert hooked.context.runner.is_wrapped == (name == "compiled")
+            found[name] = hooked(td.copy())["attr", "x"]
+    assert torch.equal(found["plain"], found["compiled"])

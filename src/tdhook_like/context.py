@@ -85,7 +85,9 @@ class HookContext:
         for selection in (self.at, self.activations):
             self.captures.update(selection.modules if selection else {})
         self._plan = self._planned()
-        self.runner = Runner(self.module, self.model, [m for _, m, first in self._walked if first])
+        parts = [module for _, module, first in self._walked if first]
+        around = [] if self.tree is self.model else [self.model]
+        self.runner = Runner(self.module, self.model, [*around, *parts])
         self.reads_keys = all(target.reads_keys for target in self.targets.values())
         #: How further evaluations are stacked, by the number of batch dimensions.
         self.layouts: dict[int, str] = {}
