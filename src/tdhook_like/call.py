@@ -130,11 +130,8 @@ class Call:
             with ForeignDraws():
                 plain = self._attempt(self._steady, shadow, copied)
             with _gradients(inference), ForeignDraws():
-                leaves = {key: self._leaf(x) for key, x in self._inputs.items()}
-                if self._context.runner.overwrites:
-                    leaves = {key: leaf.clone() for key, leaf in leaves.items()}
                 run = self._filled(lambda td: self._steady(shadow, td))
-                traced = self._attempt(run, self._td, leaves)
+                traced = self._attempt(run, self._td, self._fed(self._leaves()))
             if len(known) > 256:  # batches of ever new sizes
                 known.clear()
             known[tried] = same_bits(plain, traced, self._context.out_keys)
@@ -194,7 +191,7 @@ class Call:
             captured = Captured()
             with self._installed(captured, shadow.of):
                 filled = self._filled(run)
-                evaluated = self._evaluate(filled, captured, reference, observed=True)
+                evaluated = self._evaluate(filled, captured, reference)
                 return self._combined(method, *evaluated)
         assert isinstance(method, PathMethod)
         return self._along_path(method, run, shadow, reference)
@@ -204,21 +201,14 @@ class Call:
         run: RunAt,
         captured: Captured,
         reference: TensorDictBase | None = None,
-        *,
-        observed: bool = False,
     ) -> tuple[Evaluation, TargetColumns]:
         """A differentiable run at the inputs themselves, under what is installed."""
         context = self._context
-        leaves = {key: self._leaf(x) for key, x in self._inputs.items()}
-        clones = leaves
-        if context.runner.overwrites:
-            clones = {key: leaf.clone() for key, leaf in leaves.items()}
-        outputs = self._attempt(run, self._td, clones)
+        leaves = self._leaves()
+        outputs = self._attempt(run, self._td, self._fed(leaves))
         captured.open = False
         self._declared(outputs)
-        targets = self._bound(
-            outputs if reference is None else reference, observed and reference is None
-        )
+        targets = self._bound(outputs if reference is None else reference)
         scores = targets(outputs, outputs.batch_dims)
         for part in scores:
             self._check_scores(part)
@@ -259,10 +249,10 @@ class Call:
             with torch.no_grad(), self._installed(captured, shadow.of):
                 outputs = self._attempt(run, private_copy(self._td, context.in_keys, own=True))
             self._declared(outputs)
-            targets = self._bound(outputs if reference is None else reference, reference is None)
+            targets = self._bound(outputs if reference is None else reference)
         else:
             outputs = reference
-            targets = self._bound(reference, False)
+            targets = self._bound(reference)
         template = private_copy(self._td, context.in_keys, own=context.runner.overwrites)
         if self._undeclared:
             template.batch_size = outputs.batch_size  # pyright: ignore[reportAttributeAccessIssue]
@@ -322,6 +312,15 @@ class Call:
             merged.set(key, value)
         return merged
 
+    def _leaves(self) -> dict[NestedKey, Tensor]:
+        return {key: self._leaf(x) for key, x in self._inputs.items()}
+
+    def _fed(self, leaves: dict[NestedKey, Tensor]) -> dict[NestedKey, Tensor]:
+        """What the model is given for the leaves: copies, if it writes into its inputs."""
+        if not self._context.runner.overwrites:
+            return leaves
+        return {key: leaf.clone() for key, leaf in leaves.items()}
+
     def _leaf(self, x: Tensor) -> Tensor:
         if self._method.create_graph and x.requires_grad:
             return x.view_as(x)
@@ -331,7 +330,7 @@ class Call:
         if self._undeclared:
             declare(outputs, list(self._inputs.values()), self._context.out_keys)
 
-    def _bound(self, outputs: Any, observed: bool) -> TargetColumns:
+    def _bound(self, outputs: Any) -> TargetColumns:
         context = self._context
         # An output's entry is the same for all inputs of the same shapes: it is bound once.
         mixed = context.time_is_mixed
@@ -339,7 +338,7 @@ class Call:
         tried = (outputs.batch_size, *[x.shape for x in self._inputs.values()])
         if tried in fixed:
             return fixed[tried]
-        recorded = self._td if observed else None
+        recorded = self._td if self._observing else None
         known = tuple(context.out_keys)
         reference = Reference(outputs, outputs.batch_dims, context.model, known, recorded)
         targets = context.targets
