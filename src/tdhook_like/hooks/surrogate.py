@@ -10,10 +10,112 @@ It knows nothing of modules' hooks, of TensorDict or of methods.
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["attach", "finite", "nonzero", "ratio", "scale_gradient", "stabilised", "tiny", "unit"]
+__all__ = [
+    "Twice",
+    "attach",
+    "constant",
+    "finite",
+    "nonzero",
+    "quotient",
+    "ratio",
+    "scale_gradient",
+    "stabilised",
+    "tiny",
+    "unit",
+]
+
+
+class Twice:
+    """A block in which surrogates are made so that relevance can itself be differentiated.
+
+    The backward pass that finds relevance follows surrogates and takes what :func:`constant` gives
+    for constant. The pass that differentiates relevance must follow the true values of both. One
+    graph serves the two: its nodes look at :attr:`relevance`, which says which pass is running.
+
+    Attributes:
+        relevance: Whether a backward pass now is the one that finds relevance.
+
+    >>> x = torch.tensor(3.0, requires_grad=True)
+    >>> with Twice() as twice:
+    ...     y = x * constant(x)
+    >>> twice.relevance = True
+    >>> torch.autograd.grad(y, x, retain_graph=True)[0]
+    tensor(3.)
+    >>> twice.relevance = False
+    >>> torch.autograd.grad(y, x)[0]
+    tensor(6.)
+    """
+
+    def __init__(self) -> None:
+        self.relevance = False
+
+    def __enter__(self) -> Twice:
+        self._outer = _twice()
+        _LOCAL.twice = self
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _LOCAL.twice = self._outer
+
+
+_LOCAL = threading.local()
+
+
+def _twice() -> Twice | None:
+    return None if torch.compiler.is_compiling() else getattr(_LOCAL, "twice", None)
+
+
+def constant(t: Tensor) -> Tensor:
+    """``t`` as a constant of the relevance pass: ``G(t)`` of the formulas. Same shape as ``t``.
+
+    Use it in a surrogate where ``detach()`` would stand, and relevance stays differentiable inside
+    :class:`Twice`.
+
+    >>> constant(torch.tensor(1.0, requires_grad=True)).requires_grad
+    False
+    """
+    twice = _twice()
+    if twice is None or not t.requires_grad:
+        return t.detach()
+    return _Constant.apply(t, twice)  # pyright: ignore[reportReturnType]
+
+
+class _Constant(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(t: Tensor, twice: Twice) -> Tensor:  # pyright: ignore
+        return t.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.twice = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:  # pyright: ignore
+        return (None if ctx.twice.relevance else grad), None
+
+
+class _Attached(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(output: Tensor, surrogate: Tensor, twice: Twice) -> Tensor:  # pyright: ignore
+        return output.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.twice = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # pyright: ignore
+        return (None, grad, None) if ctx.twice.relevance else (grad, None, None)
 
 
 def tiny(dtype: torch.dtype) -> float:
@@ -34,7 +136,7 @@ def nonzero(t: Tensor) -> Tensor:
     >>> nonzero(torch.tensor([0.0, -2.0])) == torch.tensor([2.0**-60, -2.0])
     tensor([True, True])
     """
-    t = t.detach()
+    t = constant(t)
     least = tiny(t.dtype)
     return torch.where(t.abs() < least, least, t)
 
@@ -45,7 +147,7 @@ def stabilised(z: Tensor, epsilon: float) -> Tensor:
     >>> stabilised(torch.tensor([0.0, -1.0]), 0.5)
     tensor([ 0.5000, -1.5000])
     """
-    z = z.detach()
+    z = constant(z)
     if z.dtype == torch.float16:
         epsilon = max(epsilon, 1e-3)  # what a zero is divided by must leave room up to 65504
     return torch.where(z < 0, z - epsilon, z + epsilon)
@@ -57,14 +159,25 @@ def ratio(y: Tensor, z: Tensor, epsilon: float) -> Tensor:
     >>> ratio(torch.tensor([2.0]), torch.tensor([4.0]), 1e-6)
     tensor([0.5000])
     """
-    return finite(nonzero(y).div_(stabilised(z, epsilon)))
+    return quotient(nonzero(y), stabilised(z, epsilon))
+
+
+def quotient(y: Tensor, z: Tensor) -> Tensor:
+    """``y / z`` of two constants, within what the dtype holds; ``y`` is overwritten where it may be.
+
+    >>> quotient(torch.tensor([1.0]), torch.tensor([4.0]))
+    tensor([0.2500])
+    """
+    return finite(y / z if y.requires_grad or z.requires_grad else y.div_(z))
 
 
 def finite(factor: Tensor) -> Tensor:
-    """A factor, in place, without what infinities leave (masks of -inf, half precision).
+    """A factor without what infinities leave (masks of -inf, half precision); in place where it may.
 
     Nothing arrives where they stand, but zero times NaN is not zero.
     """
+    if factor.requires_grad:
+        return factor.nan_to_num(nan=0.0)
     return factor.nan_to_num_(nan=0.0)
 
 
@@ -78,7 +191,7 @@ def unit(x: Tensor) -> Tensor:
     tensor([1., 1.], grad_fn=<DivBackward0>)
     """
     filled = nonzero(x)
-    return (x + (filled - x.detach())) / filled
+    return (x + (filled - constant(x))) / filled
 
 
 def attach(output: Tensor, surrogate: Tensor, *, fresh: bool = False) -> Tensor:
@@ -101,6 +214,9 @@ def attach(output: Tensor, surrogate: Tensor, *, fresh: bool = False) -> Tensor:
     """
     if surrogate.dtype != output.dtype:  # autocast: the parts of one rule may differ in precision
         surrogate, fresh = surrogate.to(output.dtype), False
+    twice = _twice()
+    if twice is not None:
+        return _Attached.apply(output, surrogate, twice)  # pyright: ignore[reportReturnType]
     held = surrogate if fresh and surrogate.requires_grad else surrogate.clone()
     with torch.no_grad():
         held.copy_(output)
