@@ -12,6 +12,8 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
+from tdhook_like.attribution.lrp.flow import Flow
+from tdhook_like.attribution.lrp.ledger import Recorder
 from tdhook_like.attribution.method import Attribution, GradientMethod, PathMethod, by_member
 from tdhook_like.baselines import resolve
 from tdhook_like.errors import (
@@ -22,7 +24,9 @@ from tdhook_like.errors import (
     TdhookLikeError,
     listed,
 )
+from tdhook_like.hooks.functional import Functions
 from tdhook_like.hooks.installation import Handler, Installation
+from tdhook_like.hooks.surrogate import Twice
 from tdhook_like.keys import check_writable
 from tdhook_like.layout import Run
 from tdhook_like.randomness import ForeignDraws, OwnDraws, moved, restore_rng, rng_state
@@ -31,7 +35,7 @@ from tdhook_like.runner import Undo, direct
 from tdhook_like.score import Captured, Evaluation, Score, TargetColumns, joined, members_last
 from tdhook_like.shadow import Shadow
 from tdhook_like.targets import AtStep, Reference
-from tdhook_like.writing import Written, results, write, write_outputs
+from tdhook_like.writing import Written, report, results, write, write_outputs
 
 if TYPE_CHECKING:
     from tdhook_like.context import HookContext
@@ -60,7 +64,10 @@ class Call:
         self._context, self._td, self._undeclared = context, td, undeclared
         self._method = context.method
         self._inputs = attributed(context, td)
-        self._reached: set[str] = set()
+        ledger = getattr(self._method, "ledger", False) is not False
+        self._flow = Flow(recorder=Recorder() if ledger else None)
+        twice = self._method.create_graph and context.plan is not None
+        self._twice = Twice() if twice else None
         self._own: TensorDictBase | None = None
         self._batch = td.batch_size  # of where results go
         self._observing = False
@@ -78,7 +85,7 @@ class Call:
                 light = runner.writes_out_keys and self._context.reads_keys and not self._undeclared
                 run, captured = runner.view if light else self._filled(runner.run), Captured()
                 # Rules stay on for the backward pass, in which checkpointed blocks run again.
-                with _gradients(inference), self._installed(captured, _same):
+                with _gradients(inference), self._ruled(captured, _same):
                     evaluation, targets = self._evaluate(run, captured)
                     outputs = evaluation.outputs
                     found = self._combined(method, evaluation, targets)
@@ -159,13 +166,19 @@ class Call:
 
     def _attempt(self, run: Callable[..., Any], *args: Any) -> Any:
         """``run(*args)``; where it fails for a reason that has a name, that is said."""
+        mode = self._flow.mode
         try:
+            if mode is not None:
+                mode.running += 1
             return run(*args)
         except TdhookLikeError:
             raise
         except Exception as error:
             self._explain_failure(error)
             raise
+        finally:
+            if mode is not None:
+                mode.running -= 1
 
     def _explained(self, plain: TensorDictBase | None) -> Written:
         """Explains on a shadow of the model, which no evaluation can leave a trace on.
@@ -189,7 +202,7 @@ class Call:
         method = self._method
         if isinstance(method, GradientMethod):
             captured = Captured()
-            with self._installed(captured, shadow.of):
+            with self._ruled(captured, shadow.of):
                 filled = self._filled(run)
                 evaluated = self._evaluate(filled, captured, reference)
                 return self._combined(method, *evaluated)
@@ -216,8 +229,16 @@ class Call:
         own = outputs.batch_dims - self._td.batch_dims
         if own and not self._undeclared:
             scores = [members_last(joined(scores), own)]
-        stops = context.plan is not None and context.plan.stops
-        return Evaluation(tuple(leaves.values()), outputs, scores, captured, stops), targets
+        evaluation = Evaluation(
+            tuple(leaves.values()),
+            outputs,
+            scores,
+            captured,
+            stopped=context.plan is not None and context.plan.stops,
+            twice=self._twice,
+            recorder=self._flow.recorder,
+        )
+        return evaluation, targets
 
     def _filled(self, run: Run) -> RunAt:
         """``run`` on a private copy of a TensorDict with other values at some keys."""
@@ -239,6 +260,7 @@ class Call:
     ) -> Written:
         self._check_reached()
         attribution = method.attribute(evaluation)
+        self._context.ledger = attribution.ledger
         return self._result(attribution, targets, evaluation.outputs, evaluation.captured)
 
     def _along_path(
@@ -246,7 +268,7 @@ class Call:
     ) -> Written:
         context, captured = self._context, Captured()
         if reference is None or context.activations is not None:
-            with torch.no_grad(), self._installed(captured, shadow.of):
+            with torch.no_grad(), self._ruled(captured, shadow.of):
                 outputs = self._attempt(run, private_copy(self._td, context.in_keys, own=True))
             self._declared(outputs)
             targets = self._bound(outputs if reference is None else reference)
@@ -261,7 +283,7 @@ class Call:
             baselines = resolve(getattr(method, "baselines", None), template, keys, inputs)
         score = Score(
             lambda td: self._attempt(run, td),
-            lambda: self._installed(None, shadow.of),
+            lambda: self._ruled(None, shadow.of),
             template,
             keys,
             inputs,
@@ -349,23 +371,27 @@ class Call:
             fixed[tried] = columns
         return columns
 
-    def _installed(
+    def _ruled(
         self, captured: Captured | None, of: Callable[[nn.Module], nn.Module]
     ) -> AbstractContextManager[object]:
         """Rules (and captures, where asked for) on, for this thread and the length of a block."""
-        context = self._context
+        context, flow, plan = self._context, self._flow, self._context.plan
         after: dict[int, tuple[nn.Module, Handler]] = {}
-        before = {}
-        if context.plan is not None:
-            after, before = context.plan.hooks(self._reached, of)
+        before, closed = {}, []
+        if plan is not None:
+            if plan.calls_functions:
+                flow.mode = Functions(context.functions.around(flow))
+            after, before, closed = plan.hooks(flow, of)
         if captured is not None:
             for path, original in context.captures.items():
                 module = of(original)
                 rule = after.get(id(module), (module, None))[1]
                 after[id(module)] = (module, captured.handler(path, rule))
-        if not after and not before:
+        if not after and not before and flow.mode is None:
             return nullcontext()
-        return Installation(after.values(), before.values())
+        return Installation(
+            after.values(), before.values(), flow.mode, closed, self._twice
+        )
 
     def _check_destination(self, td: TensorDictBase, keys: Iterable[NestedKey]) -> None:
         check_writable(td, keys)
@@ -392,8 +418,16 @@ class Call:
 
     def _check_reached(self) -> None:
         plan = self._context.plan
-        if plan is not None and self._method.unreached == "raise":
-            plan.check_reached(self._reached)
+        if plan is None:
+            return
+        flow, context = self._flow, self._context
+        if self._method.unreached == "raise":
+            plan.check_reached(flow.reached)
+        context.applied = flow.applied
+        new = [name for name in flow.unhandled if name not in context.unhandled]
+        context.unhandled = context.unhandled | flow.unhandled
+        if new and self._method.unhandled != "ignore":
+            report(self._method, new)
 
     def _check_scores(self, scores: Tensor) -> None:
         if isfinite(scores.detach().sum().item()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,8 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase, dispatch
 from tensordict.utils import NestedKey
 from torch import nn
 
+from tdhook_like.attribution.lrp.functions import functions_of
+from tdhook_like.attribution.lrp.ledger import Ledger
 from tdhook_like.attribution.lrp.plan import RulePlan
 from tdhook_like.attribution.lrp.rule import changes
 from tdhook_like.baselines import check as check_baselines
@@ -99,6 +102,12 @@ class HookContext:
         self.bound: dict[Any, TargetColumns] = {}
         #: Whether a differentiable run repeats the plain call bit for bit, by what was tried out.
         self.one_run: dict[Any, bool] = {}
+        #: How often function rules were applied, and functions without one met, by name.
+        self.functions = method.functions or functions_of(method.rules)
+        self.applied: Counter[str] = Counter()
+        self.unhandled: Counter[str] = Counter()
+        #: Where relevance went in the latest call, if that is asked for.
+        self.ledger: Ledger | None = None
         self._open: HookedModule | None = None
         self._check_roots()
         check_baselines(getattr(method, "baselines", None), self.keys or tuple(self.in_keys))
@@ -144,6 +153,10 @@ class HookContext:
             lines.append(f"  stacking     {layout} ({dims} batch dimensions)")
         if self.plan is not None:
             lines += ["  rules", *("    " + row for row in str(self.plan).splitlines())]
+        for title, counts in (("functions", self.applied), ("no rule", self.unhandled)):
+            if counts:
+                names = ", ".join(f"{name}() × {n}" for name, n in sorted(counts.items()))
+                lines.append(f"  {title:<12} {names}")
         return "\n".join(lines)
 
     def written(self) -> list[NestedKey]:
@@ -154,6 +167,12 @@ class HookContext:
         found: list[NestedKey] = [
             shortest((*root, *as_tuple(key))) for root in named for key in keys
         ]
+        if method.sampled:
+            found += [
+                shortest((method.error_root, *([name] if name else []), *as_tuple(key)))
+                for name in self.targets
+                for key in keys
+            ]
         if method.complete:
             found += [
                 shortest((method.gap_root, n) if n else (method.gap_root,)) for n in self.targets
@@ -211,7 +230,7 @@ class HookContext:
     def _check_roots(self) -> None:
         method = self.method
         taken = {as_tuple(key)[0] for key in (*self.in_keys, *self.out_keys)}
-        for name in ("root", "at_root", "activations_root", "gap_root"):
+        for name in ("root", "at_root", "activations_root", "gap_root", "error_root"):
             if getattr(method, name) in taken:
                 raise KeyNotFoundError(
                     f"Results would go under {getattr(method, name)!r}, which is a key of the model. "
@@ -304,6 +323,11 @@ class HookedModule(TensorDictModuleBase):
         call = Call(context, td)
         destination = td if out is None else out
         return call.drive(destination) if drive else call.observe(destination)
+
+    @property
+    def ledger(self) -> Ledger | None:
+        """Where relevance went in the latest call, under ``LRP(ledger=True)``; else None."""
+        return self._opened().ledger
 
     @property
     def context(self) -> HookContext:

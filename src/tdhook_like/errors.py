@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 __all__ = [
     "BaselineError",
+    "ConservationError",
     "ContextError",
     "InputError",
     "KeyNotFoundError",
@@ -53,6 +54,10 @@ class BaselineError(TdhookLikeError, ValueError):
 
 class RuleError(TdhookLikeError, ValueError):
     """A rule has wrong parameters, cannot treat its module, or was never reached."""
+
+
+class ConservationError(TdhookLikeError, ArithmeticError):
+    """Relevance went missing, by more than was allowed."""
 
 
 class ContextError(TdhookLikeError, RuntimeError):

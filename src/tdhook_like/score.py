@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tensordict import TensorDictBase
@@ -19,9 +19,13 @@ from torch import Tensor, nn
 from tdhook_like.errors import TargetError
 from tdhook_like.hooks.installation import Handler
 from tdhook_like.hooks.structure import leaves, mapped
+from tdhook_like.hooks.surrogate import Twice, unwrapped
 from tdhook_like.layout import LAYOUTS, Layout, Run, verified
 from tdhook_like.runner import View
 from tdhook_like.targets import Pick, Reference, Target, columns
+
+if TYPE_CHECKING:
+    from tdhook_like.attribution.lrp.ledger import Recorder
 
 __all__ = ["Captured", "Evaluation", "Score", "TargetColumns"]
 
@@ -59,10 +63,7 @@ class Captured:
         calls = self.outputs.setdefault(path, [])
         # Inside vmap (torchrl's agents and ensembles) what is seen is a wrapper that must not leave;
         # the tensor that it wraps is part of the same graph.
-        moved = []
-        while torch._C._functorch.is_batchedtensor(value):  # pyright: ignore[reportAttributeAccessIssue]
-            moved.append(torch._C._functorch.maybe_get_bdim(value))  # pyright: ignore[reportAttributeAccessIssue]
-            value = torch._C._functorch.get_unwrapped(value)  # pyright: ignore[reportAttributeAccessIssue]
+        value, moved = unwrapped(value)
         if moved:
             self._vmapped[path, len(calls)] = moved
         calls.append(value)
@@ -102,6 +103,8 @@ class TargetColumns:
         self._targets = dict(targets)
         self._picks: list[Pick] = [t.bind_column(reference) for t in targets.values()]
         self.slices: dict[str | None, slice] = {}
+        #: How many batch dimensions a score lacks, once one was seen: time's, of a trajectory's.
+        self.lacking: int | None = None
 
     def __repr__(self) -> str:
         return ", ".join(repr(target) for target in self._targets.values())
@@ -129,6 +132,7 @@ class TargetColumns:
                     "step's inputs bear on all later steps' outputs. Say which step is explained: "
                     "AtStep(target, -1) for the last one."
                 )
+            self.lacking = dims + 1 - found[0].ndim
             start = 0
             for name, values in zip(self._targets, found, strict=True):
                 self.slices[name] = slice(start, start + values.shape[-1])
@@ -146,6 +150,8 @@ class Evaluation:
         parts: Scores, ``[*B, n]`` for each named target.
         captured: What flowed out of the chosen submodules.
         stopped: Whether a rule may let nothing pass, so that no gradient is an answer, too.
+        twice: What lets relevance be differentiated again, where that is asked for.
+        recorder: What has taken down the rules' inputs and outputs, where a ledger is asked for.
     """
 
     leaves: tuple[Tensor, ...]
@@ -153,6 +159,8 @@ class Evaluation:
     parts: list[Tensor]
     captured: Captured
     stopped: bool = False
+    twice: Twice | None = None
+    recorder: Recorder | None = None
 
 
 class Score:
@@ -197,6 +205,19 @@ class Score:
         """Scores ``[k, *B, T]`` at stacked inputs ``[k, *B, *features]``, without a graph."""
         with torch.no_grad(), self._rules():
             return joined(self._evaluate(self._layout(), points))
+
+    @property
+    def keys(self) -> tuple[NestedKey, ...]:
+        """The attributed keys, in the order of ``inputs``."""
+        return self._keys
+
+    @property
+    def dims(self) -> int:
+        """How many dimensions of the batch a score has: fewer where a trajectory is one element."""
+        if self._targets.lacking is None:
+            self.scores([x.unsqueeze(0) for x in self.inputs])
+        assert self._targets.lacking is not None
+        return len(self.batch) - self._targets.lacking
 
     @property
     def what(self) -> str:

@@ -13,7 +13,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from tdhook_like.attribution.method import Attribution
-from tdhook_like.errors import InputError
+from tdhook_like.errors import InputError, RuleError
 from tdhook_like.keys import as_tuple, place
 from tdhook_like.runner import View
 from tdhook_like.score import Captured
@@ -22,7 +22,7 @@ from tdhook_like.targets import Each
 if TYPE_CHECKING:
     from tdhook_like.context import HookContext
 
-__all__ = ["CompletenessWarning", "Written", "results", "write", "write_outputs"]
+__all__ = ["CompletenessWarning", "UnhandledOperationWarning", "Written", "report", "results", "write", "write_outputs"]
 
 
 class CompletenessWarning(UserWarning):
@@ -92,7 +92,7 @@ Result = tuple[tuple[str, ...], NestedKey, Tensor]
 
 
 def results(context: HookContext, batch: torch.Size, found: Written) -> list[Result]:
-    """Attributions, activations and completeness gaps, each with where it goes; nothing is written.
+    """Attributions, their errors and gaps, activations, each with where it goes; nothing is written.
 
     Raises:
         InputError: If what a submodule gives does not begin with the batch dimensions.
@@ -111,6 +111,8 @@ def results(context: HookContext, batch: torch.Size, found: Written) -> list[Res
 
         for key, values in zip(found.keys, attribution.inputs, strict=True):
             made.append(((method.root, *named), key, one(values)))
+        for key, values in zip(found.keys, attribution.errors or (), strict=False):
+            made.append(((method.error_root, *named), key, one(values)))
         for path in context.at.modules if context.at else ():
             calls = [
                 one([found.captured.batch_first(value, path, i, found.dims) for value in values])
@@ -141,6 +143,23 @@ def write(context: HookContext, td: TensorDictBase, made: list[Result], found: W
     attribution = found.attribution
     if attribution.gap is not None and attribution.scale is not None:
         _warn_of_gap(context, attribution.gap.abs(), attribution.scale)
+
+
+class UnhandledOperationWarning(UserWarning):
+    """A non-linear function has no rule: relevance follows its gradient there."""
+
+
+def report(method: Any, names: list[str]) -> None:
+    """Says which non-linear functions followed their gradient, as the method wants it said."""
+    text = (
+        f"{type(method).__name__}: {', '.join(f'{name}()' for name in names)} "
+        f"{'is' if len(names) == 1 else 'are'} not linear and without a rule, so relevance follows the "
+        "gradient there and is not conserved. Put a rule on the module that calls it, or give one: "
+        f"functions=FunctionRules(rules={{{names[0]!r}: ...}}), None for the gradient."
+    )
+    if method.unhandled == "raise":
+        raise RuleError(text)
+    warnings.warn(text, UnhandledOperationWarning, stacklevel=_depth_of_caller())
 
 
 def _calls(

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tdhook_like.attribution.lrp.ledger import Ledger, Recorder
 from tdhook_like.attribution.lrp.mappers import EpsilonPlus
 from tdhook_like.attribution.lrp.rule import RuleMapper
-from tdhook_like.attribution.method import GradientMethod, Targets
-from tdhook_like.errors import RuleError
+from tdhook_like.attribution.method import Attribution, GradientMethod, Targets
+from tdhook_like.errors import RuleError, listed
 from tdhook_like.hooks.surrogate import nonzero
-from tdhook_like.score import joined
+from tdhook_like.score import Evaluation, joined
 
 __all__ = ["LRP", "InputXGradient", "Saliency"]
+
+Start = str | Tensor
+"""``"value"``, ``"one"`` or a tensor of relevances."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,10 @@ class LRP(GradientMethod):
         rule_mapper: ``(name, module) -> Rule | None``; :class:`EpsilonPlus` if None.
         target: What is explained; see :class:`Method`, also for the keyword arguments.
         start: The relevance that is propagated: ``"value"`` for the target's value, ``"one"``, or a
-            tensor that broadcasts to the scores ``[*B, n_targets]``.
+            tensor that broadcasts to the scores ``[*B, n_targets]``. Or a dict of these by the names
+            of the targets, ``[*B]`` or ``[*B, n]`` each, ``"value"`` where none is given.
+        ledger: Whether to take down where relevance went: True, or a number for an error wherever
+            more than that share of the start is unaccounted for. Read it at ``hooked.ledger``.
 
     Raises:
         RuleError: If ``start`` is none of these, or the mapper is not callable.
@@ -95,25 +102,35 @@ class LRP(GradientMethod):
     """
 
     rule_mapper: RuleMapper | None = None
-    start: str | Tensor = field(default="value", kw_only=True)
+    start: Start | Mapping[str, Start] = field(default="value", kw_only=True)
+    ledger: bool | float = field(default=False, kw_only=True)
 
     def __init__(
         self,
         rule_mapper: RuleMapper | None = None,
         target: Targets = None,
         *,
-        start: str | Tensor = "value",
+        start: Start | Mapping[str, Start] = "value",
+        ledger: bool | float = False,
         **options: Any,
     ) -> None:
         mapper = EpsilonPlus() if rule_mapper is None else rule_mapper
         if not callable(mapper):
             raise RuleError(f"LRP: rule_mapper must be callable (name, module), got {mapper!r}.")
-        if not (start in ("value", "one") if isinstance(start, str) else isinstance(start, Tensor)):
-            raise RuleError(f"LRP: start must be 'value', 'one' or a tensor, got {start!r}.")
-        if isinstance(start, Tensor) and not (start.is_meta or torch.isfinite(start).all()):
-            raise RuleError("LRP: start holds NaN or Inf.")
+        if isinstance(start, Mapping):
+            unknown = [name for name in start if not (isinstance(target, Mapping) and name in target)]
+            if unknown:
+                raise RuleError(
+                    f"LRP: start names {listed(unknown)}, but the targets are "
+                    f"{listed(target) if isinstance(target, Mapping) else 'not named'}."
+                )
+        for given in start.values() if isinstance(start, Mapping) else (start,):
+            _check_start(given)
+        if not isinstance(ledger, bool) and not (isinstance(ledger, int | float) and ledger > 0):
+            raise RuleError(f"LRP: ledger must be True, False or a tolerance, got {ledger!r}.")
         self._settle("rule_mapper", mapper)
         self._settle("start", start)
+        self._settle("ledger", ledger)
         GradientMethod.__init__(self, target, rules=mapper, **options)
 
     @property
@@ -127,16 +144,62 @@ class LRP(GradientMethod):
 
     def weigh(self, parts: Sequence[Tensor]) -> Tensor | None:
         """The start, per unit of the score."""
-        if isinstance(self.start, str) and self.start == "value":
-            return None
-        scores = joined(parts)
-        if isinstance(self.start, str):
-            return 1 / nonzero(scores)
-        try:
-            start = self.start.to(scores).expand(scores.shape)
-        except RuntimeError:
-            raise RuleError(
-                f"LRP: start of shape {tuple(self.start.shape)} does not broadcast to the scores' "
-                f"{tuple(scores.shape)} (batch dimensions, then targets)."
-            ) from None
-        return start / nonzero(scores)
+        start = self.start
+        if isinstance(start, Mapping):
+            assert isinstance(self.target, Mapping)
+            each = [
+                _weight(start.get(name, "value"), part)
+                for name, part in zip(self.target, parts, strict=True)
+            ]
+            found = [
+                torch.ones_like(part) if weight is None else weight
+                for weight, part in zip(each, parts, strict=True)
+            ]
+            return joined(found)
+        return None if isinstance(start, str) and start == "value" else _weight(start, joined(parts))
+
+    def balanced(
+        self,
+        evaluation: Evaluation,
+        recorder: Recorder,
+        grads: Sequence[Sequence[Tensor]],
+        weight: Tensor | None,
+        attribution: Attribution,
+    ) -> Ledger:
+        """What came in, what arrived, and what each rule absorbed."""
+        scores = nonzero(joined(evaluation.parts)).detach()
+        batch = scores.shape[:-1]
+        arrived = scores.new_zeros(scores.shape)
+        for columns in attribution.inputs:
+            sums = [column.detach().reshape(*batch, -1).sum(-1) for column in columns]
+            arrived = arrived + torch.stack(sums, -1)
+        start = scores if weight is None else scores * weight.detach()
+        ledger = recorder.close(grads, batch, start, arrived)
+        if not isinstance(self.ledger, bool):
+            ledger.check(self.ledger)
+        return ledger
+
+
+def _check_start(start: object) -> None:
+    """Raises :class:`RuleError` where a start is none."""
+    if not (start in ("value", "one") if isinstance(start, str) else isinstance(start, Tensor)):
+        raise RuleError(f"LRP: start must be 'value', 'one' or a tensor, got {start!r}.")
+    if isinstance(start, Tensor) and not (start.is_meta or torch.isfinite(start).all()):
+        raise RuleError("LRP: start holds NaN or Inf.")
+
+
+def _weight(start: Start, scores: Tensor) -> Tensor | None:
+    """A start per unit of the scores ``[*B, n]``; None for one."""
+    if isinstance(start, str):
+        return None if start == "value" else 1 / nonzero(scores)
+    try:
+        given = start.to(scores)
+        if given.ndim == scores.ndim - 1 and given.shape == scores.shape[:-1]:
+            given = given.unsqueeze(-1)  # one number per batch element
+        given = given.expand(scores.shape)
+    except RuntimeError:
+        raise RuleError(
+            f"LRP: start of shape {tuple(start.shape)} does not broadcast to the scores' "
+            f"{tuple(scores.shape)} (batch dimensions, then targets)."
+        ) from None
+    return given / nonzero(scores)

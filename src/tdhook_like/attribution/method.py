@@ -13,8 +13,10 @@ import torch
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
+from tdhook_like.attribution.lrp.functions import FunctionRules
+from tdhook_like.attribution.lrp.ledger import Ledger, Recorder
 from tdhook_like.attribution.lrp.rule import RuleMapper
-from tdhook_like.errors import ContextError, PathError, TargetError
+from tdhook_like.errors import ContextError, PathError, RuleError, TargetError
 from tdhook_like.keys import as_tuple, key_list, shortest
 from tdhook_like.paths import Selector
 from tdhook_like.score import Evaluation, Score, gradients
@@ -37,12 +39,16 @@ class Attribution:
         modules: For each call of a chosen submodule, by its path, T tensors of its output's shape.
         gap: What completeness is missed by, ``[*B, T]``, where the method promises it.
         scale: The size that the gap is measured against, ``[*B, T]``.
+        errors: Standard errors of ``inputs``, of the same shapes, where the method draws samples.
+        ledger: Where relevance went, where that was asked for.
     """
 
     inputs: Sequence[Sequence[Tensor] | Tensor]
     modules: Mapping[str, Sequence[Sequence[Tensor]]] = field(default_factory=dict)
     gap: Tensor | None = None
     scale: Tensor | None = None
+    errors: Sequence[Sequence[Tensor] | Tensor] | None = None
+    ledger: Ledger | None = None
 
 
 def by_member(attribution: Attribution, members: Sequence[int], place: int) -> Attribution:
@@ -65,6 +71,8 @@ def by_member(attribution: Attribution, members: Sequence[int], place: int) -> A
     if attribution.gap is not None and attribution.scale is not None:
         gaps, scales = (grouped(t.unbind(-1)) for t in (attribution.gap, attribution.scale))
         found.gap, found.scale = torch.stack(gaps, -1), torch.stack(scales, -1)
+    if attribution.errors is not None:
+        found.errors = [grouped(columns) for columns in attribution.errors]
     return found
 
 
@@ -87,9 +95,15 @@ class Method(ABC):  # noqa: B024 (its two kinds below say what is abstract)
         at_root: Where attributions of submodules go, by path.
         activations_root: Where activations go, by path.
         gap_root: Where the completeness gap goes, for methods that promise completeness.
+        error_root: Where standard errors go, for methods that draw samples: at
+            ``(error_root, *in_key)``, as attributions do under ``root``.
         create_graph: Whether attributions stay differentiable.
         rules: A mapper of LRP rules under which gradients are taken.
+        functions: Rules of operations that no module stands for; the mapper's, or the usual ones,
+            if None.
         unreached: What happens to a rule whose module is never called: ``"raise"`` or ``"ignore"``.
+        unhandled: What happens where a non-linear function has no rule and follows its gradient:
+            ``"warn"`` (once for each function), ``"raise"`` or ``"ignore"``.
     """
 
     target: Targets = None
@@ -100,14 +114,19 @@ class Method(ABC):  # noqa: B024 (its two kinds below say what is abstract)
     at_root: str = field(default="attr_at", kw_only=True)
     activations_root: str = field(default="activations", kw_only=True)
     gap_root: str = field(default="attr_gap", kw_only=True)
+    error_root: str = field(default="attr_error", kw_only=True)
     create_graph: bool = field(default=False, kw_only=True)
     rules: RuleMapper | None = field(default=None, kw_only=True)
+    functions: FunctionRules | None = field(default=None, kw_only=True)
     unreached: str = field(default="raise", kw_only=True)
+    unhandled: str = field(default="warn", kw_only=True)
 
     #: Whether one differentiable run at the explained inputs is all that the method needs.
     single_pass: ClassVar[bool] = True
     #: Whether the method writes a completeness gap.
     complete: ClassVar[bool] = False
+    #: Whether the method draws samples and writes the standard errors of what it estimates.
+    sampled: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Brings the options to one form and refuses what cannot be meant."""
@@ -123,16 +142,23 @@ class Method(ABC):  # noqa: B024 (its two kinds below say what is abstract)
             self._settle(name, (given,) if isinstance(given, str | type) else tuple(given))
         if self.target is not None:
             as_targets(self.target)
-        roots = (self.root, self.at_root, self.activations_root, self.gap_root)
+        roots = (
+            self.root,
+            self.at_root,
+            self.activations_root,
+            self.gap_root,
+            self.error_root,
+        )
         if len(set(roots)) < len(roots) or not all(isinstance(r, str) and r for r in roots):
-            raise TargetError(f"Results need four different roots, each a string; got {roots}.")
+            raise TargetError(f"Results need five different roots, each a string; got {roots}.")
         if self.unreached not in ("raise", "ignore"):
             raise ContextError(f"unreached must be 'raise' or 'ignore', got {self.unreached!r}.")
-        if self.create_graph and self.rules is not None:
+        if self.unhandled not in ("warn", "raise", "ignore"):
             raise ContextError(
-                "create_graph=True is for plain gradients: relevance under rules is not differentiable "
-                "again yet. Leave rules, or create_graph, out."
+                f"unhandled must be 'warn', 'raise' or 'ignore', got {self.unhandled!r}."
             )
+        if self.functions is not None and not isinstance(self.functions, FunctionRules):
+            raise RuleError(f"functions must be FunctionRules or None, got {self.functions!r}.")
 
     def _settle(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -188,27 +214,49 @@ class GradientMethod(Method):
     def attribute(self, evaluation: Evaluation) -> Attribution:
         """Attributions of the inputs, and of what flowed out of the chosen submodules."""
         values = [*evaluation.leaves, *evaluation.captured.flat()]
+        recorder, twice = evaluation.recorder, evaluation.twice
+        watched = [] if recorder is None else recorder.tensors()
         weight = self.weigh(evaluation.parts)
-        found = gradients(
-            evaluation.parts,
-            values,
-            weight,
-            create_graph=self.create_graph,
-            stopped=evaluation.stopped,
-        )
+        if twice is not None:
+            twice.relevance = True
+        try:
+            found = gradients(
+                evaluation.parts,
+                [*values, *watched],
+                weight,
+                create_graph=self.create_graph,
+                stopped=evaluation.stopped,
+            )
+        finally:
+            if twice is not None:
+                twice.relevance = False
         if not self.create_graph:
             values = [value.detach() for value in values]
         combined = [
             [self.combine(value, grads[i]) for grads in found] for i, value in enumerate(values)
         ]
-        if not evaluation.captured.outputs:
-            return Attribution(combined)
-        rest = iter(combined[len(evaluation.leaves) :])
-        modules = {
-            path: [next(rest) for _ in outputs]
-            for path, outputs in evaluation.captured.outputs.items()
-        }
-        return Attribution(combined[: len(evaluation.leaves)], modules)
+        attribution = Attribution(combined[: len(evaluation.leaves)])
+        if evaluation.captured.outputs:
+            rest = iter(combined[len(evaluation.leaves) :])
+            attribution.modules = {
+                path: [next(rest) for _ in outputs]
+                for path, outputs in evaluation.captured.outputs.items()
+            }
+        if recorder is not None:
+            at = [grads[len(values) :] for grads in found]
+            attribution.ledger = self.balanced(evaluation, recorder, at, weight, attribution)
+        return attribution
+
+    def balanced(
+        self,
+        evaluation: Evaluation,
+        recorder: Recorder,
+        grads: Sequence[Sequence[Tensor]],
+        weight: Tensor | None,
+        attribution: Attribution,
+    ) -> Ledger | None:
+        """The ledger of what the recorder has taken down; only relevance has one."""
+        return None
 
 
 @dataclass(frozen=True)

@@ -16,19 +16,22 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import (
+    _global_forward_hooks_always_called,
     _global_forward_hooks_with_kwargs,
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
-from torch.overrides import TorchFunctionMode
+
+from tdhook_like.hooks.functional import Functions
+from tdhook_like.hooks.surrogate import Twice
 
 __all__ = ["Handler", "Installation"]
 
 Handler = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
 """Called as ``handler(module, args, kwargs, output)``; a result other than None replaces output."""
 
-Before = Callable[[nn.Module, tuple[Any, ...]], None]
-"""Called as ``before(module, args)`` ahead of the module's forward."""
+Before = Callable[[nn.Module, tuple[Any, ...]], Any]
+"""Called as ``before(module, args)`` ahead of the module's forward; may give other arguments."""
 
 
 class Installation:
@@ -37,8 +40,11 @@ class Installation:
     Args:
         after: Modules and their handlers, which see their module's calls once they have returned.
             (Pairs, not a mapping: a user's module may define equality.)
-        before: Likewise, observers that see calls ahead of them.
-        modes: Torch function modes (functional rules) to be active meanwhile.
+        before: Likewise, called ahead of them; positional arguments that they give take the place of
+            the call's.
+        functions: A mode for operations without a module, to be active meanwhile.
+        closed: Modules that answer for everything inside them: the mode is off there.
+        twice: What lets relevance be differentiated again, where that is asked for.
 
     >>> net = nn.Linear(2, 2)
     >>> def to_zero(module, args, kwargs, output):
@@ -54,18 +60,22 @@ class Installation:
         self,
         after: Iterable[tuple[nn.Module, Handler]],
         before: Iterable[tuple[nn.Module, Before]] = (),
-        modes: Iterable[TorchFunctionMode] = (),
+        functions: Functions | None = None,
+        closed: Iterable[nn.Module] = (),
+        twice: Twice | None = None,
     ) -> None:
         # The pairs are kept, and so are the modules alive and their identities valid.
         self._after = {id(pair[0]): pair for pair in after}
         self._before = {id(pair[0]): pair for pair in before}
-        self._modes = tuple(modes)
+        self._functions, self._entered = functions, False
+        self._closed = {id(module): module for module in closed} if functions is not None else {}
+        self._twice = twice
         self._handles: list[Any] = []
-        self._entered: list[TorchFunctionMode] = []
 
     def __enter__(self) -> Installation:
         owner = threading.get_ident()
-        after, before = self._after, self._before
+        after, before, closed = self._after, self._before, self._closed
+        functions = self._functions
 
         def answer(module: nn.Module, args: Any, *rest: Any) -> Any:
             found = after.get(id(module))
@@ -76,19 +86,29 @@ class Installation:
             kwargs, output = rest if len(rest) == 2 else ({}, rest[0])
             return found[1](module, args, kwargs, output)
 
-        def observe(module: nn.Module, args: Any) -> None:
+        def ahead(module: nn.Module, args: Any) -> Any:
+            if functions is not None and id(module) in closed and _mine(owner):
+                functions.inside += 1
             found = before.get(id(module))
-            if found is not None and _mine(owner):
-                found[1](module, args)
+            return None if found is None or not _mine(owner) else found[1](module, args)
+
+        def left(module: nn.Module, *rest: Any) -> None:
+            if functions is not None and id(module) in closed and _mine(owner):
+                functions.inside -= 1
 
         try:
-            for mode in self._modes:
-                mode.__enter__()
-                self._entered.append(mode)
+            if self._twice is not None:
+                self._twice.__enter__()
+            if functions is not None:
+                functions.__enter__()
+                self._entered = True
             if after:
                 self._handles.append(register_module_forward_hook(answer, with_kwargs=True))
-            if before:
-                self._handles.append(register_module_forward_pre_hook(observe))
+            if before or closed:
+                self._handles.append(register_module_forward_pre_hook(ahead))
+            if closed:
+                # Behind the rules, which are not seen by the mode either; also if forward raises.
+                self._handles.append(register_module_forward_hook(left, always_call=True))
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -103,9 +123,15 @@ class Installation:
         while self._handles:
             handle = self._handles.pop()
             handle.remove()
-            _global_forward_hooks_with_kwargs.pop(handle.id, None)  # torch leaves the flag behind
-        while self._entered:
-            self._entered.pop().__exit__(kind, error, trace)
+            # torch leaves the flags behind.
+            _global_forward_hooks_with_kwargs.pop(handle.id, None)
+            _global_forward_hooks_always_called.pop(handle.id, None)
+        if self._functions is not None and self._entered:
+            self._entered = False
+            self._functions.__exit__(kind, error, trace)
+            self._functions.close()
+        if self._twice is not None:
+            self._twice.__exit__()
 
 
 def _mine(owner: int) -> bool:

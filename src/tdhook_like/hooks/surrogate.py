@@ -20,7 +20,9 @@ __all__ = [
     "Twice",
     "attach",
     "constant",
+    "differentiated_again",
     "finite",
+    "has_graph",
     "nonzero",
     "quotient",
     "ratio",
@@ -28,6 +30,7 @@ __all__ = [
     "stabilised",
     "tiny",
     "unit",
+    "unwrapped",
 ]
 
 
@@ -55,13 +58,16 @@ class Twice:
     def __init__(self) -> None:
         self.relevance = False
 
+        self._outer: Twice | None = None
+
     def __enter__(self) -> Twice:
-        self._outer = _twice()
+        self._outer = getattr(_LOCAL, "twice", None)
         _LOCAL.twice = self
         return self
 
     def __exit__(self, *error: object) -> None:
-        _LOCAL.twice = self._outer
+        if getattr(_LOCAL, "twice", None) is self:
+            _LOCAL.twice, self._outer = self._outer, None
 
 
 _LOCAL = threading.local()
@@ -69,6 +75,41 @@ _LOCAL = threading.local()
 
 def _twice() -> Twice | None:
     return None if torch.compiler.is_compiling() else getattr(_LOCAL, "twice", None)
+
+
+def differentiated_again() -> bool:
+    """Whether surrogates are made inside :class:`Twice` at the moment, in this thread.
+
+    >>> with Twice():
+    ...     differentiated_again()
+    True
+    """
+    return _twice() is not None
+
+
+def unwrapped(t: Tensor) -> tuple[Tensor, list[int]]:
+    """What function transforms have wrapped a tensor around, and where vmap put its dimensions.
+
+    Inside vmap a tensor does not say that it has a graph; the one inside does.
+
+    >>> torch.vmap(lambda x: unwrapped(x)[0].shape[0] * x)(torch.ones(3))
+    tensor([3., 3., 3.])
+    """
+    places = []
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):  # pyright: ignore[reportAttributeAccessIssue]
+        if torch._C._functorch.is_batchedtensor(t):  # pyright: ignore[reportAttributeAccessIssue]
+            places.append(torch._C._functorch.maybe_get_bdim(t))  # pyright: ignore[reportAttributeAccessIssue]
+        t = torch._C._functorch.get_unwrapped(t)  # pyright: ignore[reportAttributeAccessIssue]
+    return t, places
+
+
+def has_graph(t: Tensor) -> bool:
+    """Whether gradients flow through a tensor, also inside function transforms.
+
+    >>> has_graph(torch.ones(1)), has_graph(torch.ones(1, requires_grad=True))
+    (False, True)
+    """
+    return t.requires_grad or unwrapped(t)[0].requires_grad
 
 
 def constant(t: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tdhook_like.errors import RuleError
+from tdhook_like.hooks.surrogate import constant, differentiated_again
 from tdhook_like.shadow import Shadow
 
 __all__ = ["ParamModifier", "effective_parameters", "with_parameters"]
@@ -53,7 +55,7 @@ class ParamModifier:
         """
         if not self._select_fn(name, param):
             return param
-        modified = self._modify_fn(name, param.detach().clone())  # it may work in place
+        modified = self._modify_fn(name, constant(param).clone())  # it may work in place
         if isinstance(modified, Tensor):
             got = f"{tuple(modified.shape)} of {modified.dtype}"
             if modified.shape == param.shape and modified.dtype == param.dtype:
@@ -73,9 +75,8 @@ class ParamModifier:
 
     def __call__(self, module: nn.Module) -> dict[str, Tensor]:
         """The modified effective parameters of a layer, by name, without a graph."""
-        with torch.no_grad():
-            effective = effective_parameters(module)
-            return {name: self.modify(name, value) for name, value in effective.items()}
+        effective = effective_parameters(module)
+        return {name: self.modify(name, value) for name, value in effective.items()}
 
     @staticmethod
     def from_modifiers(modifiers: Sequence[ParamModifier]) -> ParamModifier:
@@ -119,7 +120,8 @@ def effective_parameters(module: nn.Module) -> dict[str, Tensor]:
         names = [
             name for name in ("weight", "bias") if isinstance(getattr(module, name, None), Tensor)
         ]
-    return {name: getattr(module, name).detach() for name in names}
+    with nullcontext() if differentiated_again() else torch.no_grad():
+        return {name: constant(getattr(module, name)) for name in names}
 
 
 def with_parameters(module: nn.Module, parameters: Mapping[str, Tensor | None]) -> nn.Module:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from torch import Tensor, nn
+from tensordict.nn import TensorDictModule, TensorDictSequential
+from torch import nn
 
+from tdhook_like.attribution.lrp.batchnorm import BatchNormRule
+from tdhook_like.attribution.lrp.flow import Flow
+from tdhook_like.attribution.lrp.handlers import handlers
 from tdhook_like.attribution.lrp.mappers import HOMOGENEOUS, LINEAR_OR_PICKING, ZERO_AT_ZERO
-from tdhook_like.attribution.lrp.rule import Inputs, Rule, RuleMapper, changes, registered
+from tdhook_like.attribution.lrp.rule import Rule, RuleMapper, changes, registered
 from tdhook_like.attribution.lrp.rules import IgnoreRule, PassRule, StopRule
 from tdhook_like.errors import RuleError, listed
 from tdhook_like.hooks.installation import Before, Handler
@@ -27,7 +30,8 @@ class Planned:
         path: The submodule's path.
         module: The submodule.
         rule: Its rule.
-        why: ``"by hand"`` or ``"by the mapper"``; what it amounts to where that is a plain gradient.
+        why: ``"by hand"``, or what the mapper's ``why`` says (``"by the mapper"`` where it has none);
+            what it amounts to where that is a plain gradient.
         acts: Whether a hook is needed for it.
         exact_only: Whether the hook only matters for relevance at exact zeros, which the module's own
             gradient would lose.
@@ -46,7 +50,8 @@ class RulePlan:
 
     Args:
         model: The model.
-        mapper: From path and submodule to a rule, or None.
+        mapper: From path and submodule to a rule, or None. It is bound to the model first if it has a
+            method ``bind(model)``, and its reasons are shown if it has one ``why(name, module)``.
         feeds_zeros: Whether relevance may start at scores that are exactly zero.
         walked: What :func:`walk` gave for the model, if that is known.
 
@@ -82,6 +87,8 @@ class RulePlan:
             ) from None
         except ValueError:  # a callable without a signature to look at
             pass
+        mapper = bound(mapper, model)
+        why_of = getattr(mapper, "why", None) or (lambda path, module: "by the mapper")
         walked = list(walk(model)) if walked is None else walked
         every = [module for _, module, first in walked if first]
         found: dict[int, tuple[str, nn.Module, Rule, str]] = {}
@@ -90,7 +97,7 @@ class RulePlan:
                 continue
             rule, why = registered(module), "by hand"
             if rule is None:
-                rule, why = mapper(path, module), "by the mapper"
+                rule, why = mapper(path, module), None
             if rule is None:
                 continue
             if not isinstance(rule, Rule):
@@ -103,8 +110,12 @@ class RulePlan:
                 raise RuleError(
                     f"{rule!r} cannot sit on {path!r} ({type(module).__name__}): {reason}"
                 )
+            why = why_of(path, module) if why is None else why
             found[id(module)] = (path, module, rule, why)
         self.changes = changes()
+        self._folds = any(type(line[2]) is BatchNormRule and line[2].fold for line in found.values())
+        #: Whether code runs that may call non-linear functions outside of every rule.
+        self.calls_functions = any(id(m) not in found and not _transparent(m) for m in every)
         #: Whether a rule may let nothing pass.
         self.stops = any(isinstance(rule, StopRule) for _, _, rule, _ in found.values())
         exact = feeds_zeros or _feeds_zeros(every, {key: line[2] for key, line in found.items()})
@@ -124,27 +135,36 @@ class RulePlan:
         )
 
     def hooks(
-        self, reached: set[str], of: Callable[[nn.Module], nn.Module]
-    ) -> tuple[dict[int, tuple[nn.Module, Handler]], dict[int, tuple[nn.Module, Before]]]:
+        self, flow: Flow, of: Callable[[nn.Module], nn.Module]
+    ) -> tuple[
+        dict[int, tuple[nn.Module, Handler]], dict[int, tuple[nn.Module, Before]], list[nn.Module]
+    ]:
         """Handlers for one call by identity, on the modules that ``of`` gives for the plan's.
 
         Args:
-            reached: Gets the path of every module that is called.
+            flow: What the call's handlers share.
             of: From a module of the plan to the one that runs in its place.
+
+        Returns:
+            Handlers behind calls, handlers ahead of them, and the modules that have rules: what
+            happens inside those is theirs to answer for.
         """
+        if self._folds or flow.mode is not None:
+            flow.layers = {}
         after: dict[int, tuple[nn.Module, Handler]] = {}
         before: dict[int, tuple[nn.Module, Before]] = {}
         for line in self.lines:
             if not line.acts:
                 continue
             module = of(line.module)
-            if getattr(module, "inplace", False) is True:
-                kept: list[Tensor] = []
-                before[id(module)] = (module, _keeper(kept))
-                after[id(module)] = (module, _handler(line, reached, kept))
-            else:
-                after[id(module)] = (module, _handler(line, reached, None))
-        return after, before
+            in_place = getattr(module, "inplace", False) is True
+            ahead, behind = handlers(line.path, line.rule, flow, in_place=in_place)
+            after[id(module)] = (module, behind)
+            if ahead is not None:
+                before[id(module)] = (module, ahead)
+        if flow.mode is None:
+            return after, before, []
+        return after, before, [of(line.module) for line in self.lines]
 
     def check_reached(self, reached: set[str]) -> None:
         """Raises :class:`RuleError` where a rule's module was never called."""
@@ -162,6 +182,31 @@ class RulePlan:
                 "does not call these modules (it may use their weights directly, or skip them). "
                 "Let the mapper give None for them, or pass unreached='ignore' to LRP."
             )
+
+
+def bound(mapper: RuleMapper, model: nn.Module) -> RuleMapper:
+    """The mapper that knows the model, where it wants to; else itself.
+
+    >>> bound(print, nn.ReLU()) is print
+    True
+    """
+    bind = getattr(mapper, "bind", None)
+    return mapper if bind is None else bind(model)
+
+
+def _transparent(module: nn.Module) -> bool:
+    """Whether a module is known to do nothing but call others, or what is linear."""
+    forward = type(module).forward
+    if isinstance(module, TensorDictModule) and forward is TensorDictModule.forward:
+        return isinstance(module.module, nn.Module)
+    return any(forward is kind.forward for kind in _TRANSPARENT)
+
+
+_TRANSPARENT = (
+    *(nn.Sequential, nn.Identity, nn.Flatten, nn.Unflatten, nn.Linear, nn.ReLU, nn.Dropout),
+    *(nn.ModuleList, nn.ModuleDict, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding),
+    TensorDictSequential,
+)
 
 
 def _feeds_zeros(every: list[nn.Module], rules: dict[int, Rule]) -> bool:
@@ -188,31 +233,3 @@ def _planned(path: str, module: nn.Module, rule: Rule, why: str, *, exact: bool)
         acts = False
     why = why if acts else f"{why}: its own gradient is this rule"
     return Planned(path, module, rule, why, acts, exact_only)
-
-
-def _keeper(kept: list[Tensor]) -> Before:
-    def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args:
-            kept.append(args[0].clone())  # the module is about to overwrite it
-
-    return keep
-
-
-def _handler(line: Planned, reached: set[str], kept: list[Tensor] | None) -> Handler:
-    def handle(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
-        reached.add(line.path)
-        if kept:
-            args = (kept.pop(), *args[1:])
-        elif kept is not None:
-            raise RuleError(
-                f"At {line.path!r}: a rule on a module that works in place needs its input as a "
-                "positional argument, to keep it before it is overwritten."
-            )
-        try:
-            return line.rule.apply(module, Inputs(args, kwargs), output)
-        except RuleError as error:
-            raise RuleError(f"At {line.path!r}: {error}") from error
-
-    return handle

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tdhook_like.errors import RuleError
 from tdhook_like.hooks.structure import leaves, mapped
-from tdhook_like.hooks.surrogate import attach, nonzero
+from tdhook_like.hooks.surrogate import attach, has_graph, nonzero
 
 __all__ = ["Inputs", "RemovableRuleHandle", "Rule", "RuleMapper", "registered"]
 
@@ -42,7 +42,7 @@ class Inputs(tuple[Any, ...]):
     @property
     def attributed(self) -> list[Tensor]:
         """Those of :attr:`tensors` through which relevance flows on."""
-        return [tensor for tensor in self.tensors if tensor.requires_grad]
+        return [tensor for tensor in self.tensors if has_graph(tensor)]
 
 
 class Rule:
@@ -66,6 +66,8 @@ class Rule:
     fresh: bool = False
     #: Whether the rule may give relevance to inputs that are exactly zero.
     feeds_zeros: bool = True
+    #: What the ledger calls the relevance that is not given on, where it is not the bias's.
+    absorbs: str | None = None
 
     def __init_subclass__(cls) -> None:
         # What a class says of its surrogate does not hold for that of a subclass.
@@ -104,8 +106,21 @@ class Rule:
             "relevance(module, inputs, output, R_out)."
         )
 
-    def apply(self, module: nn.Module, inputs: Inputs, output: Any) -> Any:
-        """The output with this rule's gradient: what the hook puts in the output's place."""
+    def apply(
+        self,
+        module: nn.Module,
+        inputs: Inputs,
+        output: Any,
+        watch: Callable[[Any], None] | None = None,
+    ) -> Any:
+        """The output with this rule's gradient: what the hook puts in the output's place.
+
+        Args:
+            module: The module that was called.
+            inputs: Its arguments.
+            output: What it returned.
+            watch: Called with the surrogate, before the output's value takes the place of its own.
+        """
         if not any(is_float(value) for value in leaves(output)):
             raise RuleError(
                 f"{self!r} cannot look into the {type(output).__name__} that {type(module).__name__} "
@@ -113,6 +128,8 @@ class Rule:
                 "modules inside."
             )
         surrogate = self.surrogate(module, inputs, output)
+        if watch is not None:
+            watch(surrogate)
         if surrogate is None:
             return None
         if isinstance(output, Tensor) and isinstance(surrogate, Tensor):

@@ -12,10 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdhook_like.attribution.lrp.rule import Inputs, Rule
+from tdhook_like.attribution.lrp.parameters import (
+    ZeroParams,
+    parameter_names,
+    read_with_zeros,
+    refuse_nonfinite,
+    why_not_zeroed,
+)
+from tdhook_like.attribution.lrp.rule import Inputs, Rule, is_float
+from tdhook_like.attribution.lrp.stabilizer import Stabilizing, checked, own_ratio, ratio_by
+from tdhook_like.attribution.lrp.stabilizer import positive as positive
 from tdhook_like.errors import RuleError
 from tdhook_like.hooks.structure import mapped
-from tdhook_like.hooks.surrogate import finite, nonzero, ratio, tiny, unit
+from tdhook_like.hooks.surrogate import constant, finite, nonzero, quotient, tiny, unit
 
 __all__ = [
     "AHQKVRule",
@@ -29,23 +38,6 @@ __all__ = [
     "UniformEpsilonRule",
     "UniformRule",
 ]
-
-
-def positive(name: str, value: float, rule: str) -> float:
-    """``value`` as a float, or a :class:`RuleError` where it is not a finite number above zero."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not 0 < value < float("inf")
-    ):
-        raise RuleError(f"{rule}: {name} must be a finite number above 0, got {value!r}.")
-    return float(value)
-
-
-def own_ratio(y: Tensor, epsilon: float) -> Tensor:
-    """``y / st(y)``, which does not depend on y's sign. No graph; same shape."""
-    size = y.detach().abs().clamp(tiny(y.dtype), torch.finfo(y.dtype).max)
-    return size.div_(size + epsilon)
 
 
 def nonzero_mask(y: Tensor) -> Tensor:
@@ -65,31 +57,51 @@ class EpsilonRule(Rule):
     Source: Bach et al. 2015, eq. 58.
 
     Args:
-        epsilon: Added to the size of every denominator, in units of the output.
+        epsilon: Added to the size of every denominator, in units of the output; or a
+            :class:`Stabilizer`.
+        zero_params: Parameters that are read as zeros. With ``"bias"``, y's relevance is shared by
+            contributions alone, ``z′ · G(y / st(z′))`` with ``z′ = f(x; w, 0)``: the bias absorbs
+            nothing. The layer then runs a second time.
 
     Raises:
-        RuleError: If epsilon is not a finite number above zero.
+        RuleError: If epsilon is neither a finite number above zero nor a stabiliser.
 
-    >>> EpsilonRule(epsilon=1e-6)
-    EpsilonRule(epsilon=1e-06)
+    >>> EpsilonRule(epsilon=1e-6), EpsilonRule(zero_params="bias")
+    (EpsilonRule(epsilon=1e-06), EpsilonRule(epsilon=1e-06, zero_params=('bias',)))
     """
 
     feeds_zeros = False
     fresh = True
+    #: Names of the parameters that are read as zeros.
+    zero_params: tuple[str, ...] = ()
 
-    def __init__(self, epsilon: float = 1e-6) -> None:
-        self.epsilon = positive("epsilon", epsilon, type(self).__name__)
+    def __init__(self, epsilon: Stabilizing = 1e-6, *, zero_params: ZeroParams = ()) -> None:
+        name = type(self).__name__
+        self.epsilon = checked("epsilon", epsilon, name)
+        if zero_params:  # else it does not show
+            self.zero_params = parameter_names(zero_params, name)
+
+    def check(self, module: nn.Module) -> str | None:
+        return why_not_zeroed(module, self.zero_params)
 
     def surrogate(self, module: nn.Module, inputs: Inputs, output: Any) -> Any:
+        if module._parameters:
+            refuse_nonfinite(self, module)
+            if self.zero_params:
+                return self._without(module, inputs, output)
         if isinstance(output, Tensor):
-            return output * self._factor(output)
+            return output * own_ratio(self.epsilon, output, module)
         return mapped(
-            lambda y: y * self._factor(y) if isinstance(y, Tensor) and y.is_floating_point() else y,
-            output,
+            lambda y: y * own_ratio(self.epsilon, y, module) if is_float(y) else y, output
         )
 
-    def _factor(self, y: Tensor) -> Tensor:
-        return own_ratio(y, self.epsilon)
+    def _without(self, module: nn.Module, inputs: Inputs, output: Any) -> Any:
+        read = read_with_zeros(module, inputs, self.zero_params)
+        return mapped(
+            lambda y, z: z * ratio_by(self.epsilon, y, z, module) if is_float(y) else y,
+            output,
+            read,
+        )
 
 
 class UniformEpsilonRule(EpsilonRule):
@@ -98,7 +110,9 @@ class UniformEpsilonRule(EpsilonRule):
     Source: Achtibat et al. 2024, eq. 15 (the uniform rule for bilinear operations).
 
     Args:
-        epsilon: Added to the size of every denominator, in units of the output.
+        epsilon: Added to the size of every denominator, in units of the output; or a
+            :class:`Stabilizer`.
+        zero_params: Parameters that are read as zeros, as in :class:`EpsilonRule`.
 
     >>> UniformEpsilonRule()
     UniformEpsilonRule(epsilon=1e-06)
@@ -110,7 +124,7 @@ class UniformEpsilonRule(EpsilonRule):
     def surrogate(self, module: nn.Module, inputs: Inputs, output: Any) -> Any:
         n = max(len(inputs.attributed), 1)
         return mapped(
-            lambda y: y / n if isinstance(y, Tensor) and y.is_floating_point() else y,
+            lambda y: y / n if is_float(y) else y,
             super().surrogate(module, inputs, output),
         )
 
@@ -124,7 +138,9 @@ class SoftmaxEpsilonRule(EpsilonRule):
     Source: Achtibat et al. 2024, eq. 13.
 
     Args:
-        epsilon: Added to the size of every denominator, in units of the output.
+        epsilon: Added to the size of every denominator, in units of the output; or a
+            :class:`Stabilizer`.
+        zero_params: As in :class:`EpsilonRule`; softmax itself has no parameters.
 
     >>> SoftmaxEpsilonRule()
     SoftmaxEpsilonRule(epsilon=1e-06)
@@ -166,7 +182,7 @@ class PassRule(Rule):
                 f"shape {tuple(y.shape)} do not correspond element by element. Use EpsilonRule."
             )
         x = x.reshape(y.shape)
-        return x * finite(nonzero(y).div_(nonzero(x)))
+        return x * quotient(nonzero(y), nonzero(x))
 
 
 class IgnoreRule(Rule):
@@ -194,7 +210,7 @@ class StopRule(Rule):
     feeds_zeros = False
 
     def surrogate(self, module: nn.Module, inputs: Inputs, output: Any) -> Any:
-        return mapped(lambda y: y.detach() if isinstance(y, Tensor) else y, output)
+        return mapped(lambda y: constant(y) if isinstance(y, Tensor) else y, output)
 
 
 class UniformRule(Rule):
@@ -241,6 +257,11 @@ class LayerNormRule(Rule):
 
     Source: Ali et al. 2022, eq. 10 (LN rule); Achtibat et al. 2024, proposition 3.4.
 
+    Args:
+        zero_params: Parameters that are read as zeros. With ``"bias"``, all relevance is shared by
+            what is normalised, ``z′ · G(y / st(z′))``, and the bias absorbs nothing.
+        stabilizer: Of that denominator; not used without ``zero_params``.
+
     Raises:
         RuleError: If the module is neither nn.LayerNorm nor nn.RMSNorm, nor has their attributes.
 
@@ -249,10 +270,18 @@ class LayerNormRule(Rule):
     """
 
     feeds_zeros = False
+    #: Names of the parameters that are read as zeros.
+    zero_params: tuple[str, ...] = ()
+
+    def __init__(self, *, zero_params: ZeroParams = (), stabilizer: Stabilizing = 1e-6) -> None:
+        held = checked("stabilizer", stabilizer, type(self).__name__)
+        if zero_params:  # else neither shows
+            self.zero_params = parameter_names(zero_params, type(self).__name__)
+            self.stabilizer = held
 
     def check(self, module: nn.Module) -> str | None:
         if isinstance(getattr(module, "normalized_shape", None), tuple | list):
-            return None
+            return why_not_zeroed(module, self.zero_params)
         return "it has no normalized_shape, as nn.LayerNorm and nn.RMSNorm have. Use EpsilonRule."
 
     def surrogate(self, module: nn.Module, inputs: Inputs, output: Any) -> Any:
@@ -261,13 +290,18 @@ class LayerNormRule(Rule):
         dims = tuple(range(-len(shape), 0))
         centred = x - x.mean(dims, keepdim=True) if isinstance(module, nn.LayerNorm) else x
         eps = module.eps if module.eps is not None else torch.finfo(x.dtype).eps
-        power = centred.detach().pow(2).mean(dims, keepdim=True)
+        power = constant(centred).pow(2).mean(dims, keepdim=True)
         z = centred * torch.rsqrt(power + eps)  # pyright: ignore[reportOperatorIssue]
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        if module._parameters:
+            refuse_nonfinite(self, module)
         if isinstance(weight, Tensor):
-            z = z * weight
-        z = z + bias if isinstance(bias, Tensor) else z
-        return z * nonzero_mask(output)
+            z = z * (torch.zeros_like(weight) if "weight" in self.zero_params else weight)
+        if not self.zero_params:
+            z = z + bias if isinstance(bias, Tensor) else z
+            return z * nonzero_mask(output)
+        z = z + bias if isinstance(bias, Tensor) and "bias" not in self.zero_params else z
+        return z * ratio_by(self.stabilizer, output, z, module)
 
 
 class PseudoIdentityRule(Rule):
@@ -279,7 +313,8 @@ class PseudoIdentityRule(Rule):
     Source: Achtibat et al. 2024, eq. 9.
 
     Args:
-        stabilizer: Added to the size of every denominator, in units of the input.
+        stabilizer: Added to the size of every denominator, in units of the input; or a
+            :class:`Stabilizer`.
 
     >>> PseudoIdentityRule()
     PseudoIdentityRule(stabilizer=1e-06)
@@ -288,14 +323,14 @@ class PseudoIdentityRule(Rule):
     feeds_zeros = False
     fresh = True
 
-    def __init__(self, stabilizer: float = 1e-6) -> None:
-        self.stabilizer = positive("stabilizer", stabilizer, type(self).__name__)
+    def __init__(self, stabilizer: Stabilizing = 1e-6) -> None:
+        self.stabilizer = checked("stabilizer", stabilizer, type(self).__name__)
 
     def surrogate(self, module: nn.Module, inputs: Inputs, output: Any) -> Any:
         x = single_input(self, module, inputs)
         if not isinstance(output, Tensor) or x.shape != output.shape:
             raise RuleError(f"{self!r} on {type(module).__name__}: it must keep its input's shape.")
-        return x * ratio(output, x, self.stabilizer)
+        return x * ratio_by(self.stabilizer, output, x, module)
 
 
 class AHQKVRule(Rule):
@@ -324,7 +359,7 @@ class AHQKVRule(Rule):
             )
         query, key, value = output.chunk(3, dim=-1)
         value = value * nonzero_mask(value)
-        return torch.cat([query.detach(), key.detach(), value], dim=-1)
+        return torch.cat([constant(query), constant(key), value], dim=-1)
 
 
 def single_input(rule: Rule, module: nn.Module, inputs: Inputs) -> Tensor:

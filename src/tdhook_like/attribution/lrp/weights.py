@@ -5,24 +5,20 @@ Same notation as in ``rules``. ``run(x, w, b)`` is the layer's own map with othe
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
-from tdhook_like.attribution.lrp.modifiers import (
-    ParamModifier,
-    effective_parameters,
-    with_parameters,
-)
-from tdhook_like.attribution.lrp.rule import Inputs, Rule
-from tdhook_like.attribution.lrp.rules import positive, single_input
+from tdhook_like.attribution.lrp.layers import Change, LayerRun, WeightRule, known_nonnegative
+from tdhook_like.attribution.lrp.modifiers import ParamModifier, with_parameters
+from tdhook_like.attribution.lrp.parameters import ZeroParams, refuse_nonfinite, running_again
+from tdhook_like.attribution.lrp.rule import Inputs
+from tdhook_like.attribution.lrp.rules import single_input
+from tdhook_like.attribution.lrp.stabilizer import Stabilizing, ratio_by
 from tdhook_like.errors import RuleError
-from tdhook_like.hooks.surrogate import ratio, unit
-from tdhook_like.randomness import OwnDraws
+from tdhook_like.hooks.surrogate import unit
 
 __all__ = [
     "AlphaBetaRule",
@@ -34,86 +30,17 @@ __all__ = [
     "ZPlusRule",
 ]
 
-Change = Callable[[Tensor], Tensor]
-"""From a parameter to what stands in its place."""
 
-
-_NOT_AFFINE = (
-    *(_NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.LocalResponseNorm),
-    *(nn.RNNBase, nn.RNNCellBase, nn.Embedding, nn.EmbeddingBag, nn.PReLU, nn.Bilinear),
-)
-
-
-_DRAW_NOTHING = (
-    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-)
-"""Layers that may run again without a thought; others might draw a second time."""
-
-
-class _WeightRule(Rule):
-    """A rule on a layer with weights of its own: one input, one output."""
-
-    feeds_zeros = False
-    fresh = True
-
-    def __init__(self, stabilizer: float = 1e-6) -> None:
-        self.stabilizer = positive("stabilizer", stabilizer, type(self).__name__)
-
-    def check(self, module: nn.Module) -> str | None:
-        children = [name for name in module._modules if name != "parametrizations"]
-        if children:
-            return (
-                "it reads a layer with other weights, and this is a container of "
-                f"{len(children)} modules. Put it on the layers inside, or use EpsilonRule here."
-            )
-        if isinstance(module, _NOT_AFFINE):
-            return (
-                "its output is not a weighted sum of its input alone: statistics, states or indices "
-                "take part. Use PassRule, LayerNormRule or EpsilonRule."
-            )
-        own = any(value is not None for value in module._parameters.values())
-        if not own and not isinstance(getattr(module, "weight", None), Tensor):
-            return "it reads a layer with other weights, and this has none. Use PassRule or EpsilonRule."
-        return None
-
-    def surrogate(self, module: nn.Module, inputs: Inputs, output: Any) -> Any:
-        reason = self.check(module)
-        if reason or not isinstance(output, Tensor):
-            reason = reason or f"it returns a {type(output).__name__}, not a tensor."
-            raise RuleError(f"{self!r} cannot sit on {type(module).__name__}: {reason}")
-        x = single_input(self, module, inputs)
-        parameters = effective_parameters(module)
-
-        def run(value: Tensor, weight: Change, bias: Change | None) -> Tensor:
-            changed: dict[str, Tensor | None] = {
-                name: weight(p) if name != "bias" else (bias(p) if bias else None)
-                for name, p in parameters.items()
-            }
-            args = [value if item is x else item for item in inputs]
-            kwargs = {key: value if item is x else item for key, item in inputs.kwargs.items()}
-            with nullcontext() if type(module) in _DRAW_NOTHING else OwnDraws():
-                return with_parameters(module, changed).forward(*args, **kwargs)
-
-        return self.share(run, x, output)
-
-    def share(self, run: Callable[..., Tensor], x: Tensor, y: Tensor) -> Tensor:
-        """The surrogate, from ``run(x, change of weights, change of bias or None for no bias)``."""
-        raise RuleError(f"{type(self).__name__} must override share(run, x, y).")
-
-    def scaled(self, z: Tensor, y: Tensor) -> Tensor:
-        """``z · G(y / st(z))``: shares relevance by the parts of z, and scales it to y."""
-        return z * ratio(y, z, self.stabilizer)
-
-
-class ModifiedRule(_WeightRule):
+class ModifiedRule(WeightRule):
     """The epsilon rule read through modified parameters.
 
     ``R_i = x_i Σ_j w′_ij R_j / st(z′_j)`` with ``z′ = f(x; w′, b′)``.
 
     Args:
         modifier: What becomes of the parameters.
-        stabilizer: Added to the size of every denominator, in units of the output.
+        stabilizer: Added to the size of every denominator, in units of the output; or a
+            :class:`Stabilizer`.
+        zero_params: Names of the parameters that are read as zeros.
 
     >>> rule = ModifiedRule(ParamModifier(lambda name, p: p.clamp(min=0)))
     """
@@ -121,8 +48,14 @@ class ModifiedRule(_WeightRule):
     fresh = True
     feeds_zeros = False
 
-    def __init__(self, modifier: ParamModifier, stabilizer: float = 1e-6) -> None:
-        super().__init__(stabilizer)
+    def __init__(
+        self,
+        modifier: ParamModifier,
+        stabilizer: Stabilizing = 1e-6,
+        *,
+        zero_params: ZeroParams = (),
+    ) -> None:
+        super().__init__(stabilizer, zero_params=zero_params)
         if not isinstance(modifier, ParamModifier):
             raise RuleError(f"ModifiedRule needs a ParamModifier, got {modifier!r}.")
         self.modifier = modifier
@@ -131,12 +64,17 @@ class ModifiedRule(_WeightRule):
         single_input(self, module, inputs)
         if self.check(module) or not isinstance(output, Tensor):
             return super().surrogate(module, inputs, output)  # which says why not
-        with nullcontext() if type(module) in _DRAW_NOTHING else OwnDraws():
-            z = with_parameters(module, self.modifier(module)).forward(*inputs, **inputs.kwargs)
-        return self.scaled(z, output)
+        changed = self.modifier(module)
+        for name in self.zero_params:
+            if name in changed:
+                changed[name] = torch.zeros_like(changed[name])
+        refuse_nonfinite(self, module, changed)
+        with running_again(module):
+            z = with_parameters(module, changed).forward(*inputs, **inputs.kwargs)
+        return z * ratio_by(self.stabilizer, output, z, module)
 
 
-class AlphaBetaRule(_WeightRule):
+class AlphaBetaRule(WeightRule):
     """Positive contributions weigh α, negative ones β, with α − β = 1.
 
     ``p = f(x⁺; w⁺, b⁺) + f(x⁻; w⁻, 0)``, ``n = f(x⁺; w⁻, b⁻) + f(x⁻; w⁺, 0)``; surrogate
@@ -147,7 +85,9 @@ class AlphaBetaRule(_WeightRule):
     Args:
         alpha: Weight of positive contributions, at least 1.
         beta: Weight of negative contributions, at least 0; ``alpha - beta`` must be 1.
-        stabilizer: Added to the size of every denominator, in units of the output.
+        stabilizer: Added to the size of every denominator, in units of the output; or a
+            :class:`Stabilizer`.
+        zero_params: Names of the parameters that are read as zeros.
 
     Raises:
         RuleError: If a weight is negative or their difference is not 1.
@@ -159,8 +99,15 @@ class AlphaBetaRule(_WeightRule):
     fresh = True
     feeds_zeros = False
 
-    def __init__(self, alpha: float = 2.0, beta: float = 1.0, stabilizer: float = 1e-6) -> None:
-        super().__init__(stabilizer)
+    def __init__(
+        self,
+        alpha: float = 2.0,
+        beta: float = 1.0,
+        stabilizer: Stabilizing = 1e-6,
+        *,
+        zero_params: ZeroParams = (),
+    ) -> None:
+        super().__init__(stabilizer, zero_params=zero_params)
         name = type(self).__name__
         if not (isinstance(alpha, int | float) and isinstance(beta, int | float)):
             raise RuleError(f"{name}: alpha and beta must be numbers, got {alpha!r} and {beta!r}.")
@@ -171,19 +118,19 @@ class AlphaBetaRule(_WeightRule):
             )
         self.alpha, self.beta = float(alpha), float(beta)
 
-    def share(self, run: Callable[..., Tensor], x: Tensor, y: Tensor) -> Tensor:
+    def share(self, run: LayerRun, x: Tensor, y: Tensor) -> Tensor:
         above = known_nonnegative(x)
         up, down = (x, None) if above else (x.clamp(min=0), x.clamp(max=0))
         p = run(up, _positive, _positive)
         if down is not None:
             p = p + run(down, _negative, None)
-        surrogate = self.scaled(p, y) if self.alpha == 1 else self.alpha * self.scaled(p, y)
+        surrogate = run.scaled(p, y) if self.alpha == 1 else self.alpha * run.scaled(p, y)
         if self.beta == 0:
             return surrogate
         n = run(up, _negative, _negative)
         if down is not None:
             n = n + run(down, _positive, None)
-        return surrogate - self.beta * self.scaled(n, y)
+        return surrogate - self.beta * run.scaled(n, y)
 
 
 class ZPlusRule(AlphaBetaRule):
@@ -192,20 +139,23 @@ class ZPlusRule(AlphaBetaRule):
     Source: Montavon et al. 2017, eq. 13 (z⁺), for inputs of any sign.
 
     Args:
-        stabilizer: Added to the size of every denominator, in units of the output.
+        stabilizer: Added to the size of every denominator, in units of the output; or a
+            :class:`Stabilizer`.
+        zero_params: Names of the parameters that are read as zeros.
 
     >>> ZPlusRule()
     ZPlusRule(stabilizer=1e-06)
     """
 
-    def __init__(self, stabilizer: float = 1e-6) -> None:
-        super().__init__(1.0, 0.0, stabilizer)
+    def __init__(self, stabilizer: Stabilizing = 1e-6, *, zero_params: ZeroParams = ()) -> None:
+        super().__init__(1.0, 0.0, stabilizer, zero_params=zero_params)
 
     def __repr__(self) -> str:
-        return f"ZPlusRule(stabilizer={self.stabilizer!r})"
+        zeros = f", zero_params={self.zero_params!r}" if self.zero_params else ""
+        return f"ZPlusRule(stabilizer={self.stabilizer!r}{zeros})"
 
 
-class GammaRule(_WeightRule):
+class GammaRule(WeightRule):
     """Favours contributions of the output's own sign by a factor 1 + γ.
 
     Where ``y > 0``: shares by ``p = f(x⁺; w+γw⁺, b+γb⁺) + f(x⁻; w+γw⁻, 0)``; where ``y < 0``: by
@@ -215,7 +165,9 @@ class GammaRule(_WeightRule):
 
     Args:
         gamma: How much the favoured contributions gain, at least 0.
-        stabilizer: Added to the size of every denominator, in units of the output.
+        stabilizer: Added to the size of every denominator, in units of the output; or a
+            :class:`Stabilizer`.
+        zero_params: Names of the parameters that are read as zeros.
 
     Raises:
         RuleError: If gamma is negative.
@@ -227,15 +179,21 @@ class GammaRule(_WeightRule):
     fresh = True
     feeds_zeros = False
 
-    def __init__(self, gamma: float = 0.25, stabilizer: float = 1e-6) -> None:
-        super().__init__(stabilizer)
+    def __init__(
+        self,
+        gamma: float = 0.25,
+        stabilizer: Stabilizing = 1e-6,
+        *,
+        zero_params: ZeroParams = (),
+    ) -> None:
+        super().__init__(stabilizer, zero_params=zero_params)
         if not isinstance(gamma, int | float) or not 0 <= gamma < float("inf"):
             raise RuleError(
                 f"GammaRule: gamma must be a finite number of at least 0, got {gamma!r}."
             )
         self.gamma = float(gamma)
 
-    def share(self, run: Callable[..., Tensor], x: Tensor, y: Tensor) -> Tensor:
+    def share(self, run: LayerRun, x: Tensor, y: Tensor) -> Tensor:
         def more(part: Change) -> Change:
             return lambda w: w + self.gamma * part(w)
 
@@ -245,12 +203,12 @@ class GammaRule(_WeightRule):
         if down is not None:
             p, n = p + run(down, more(_negative), None), n + run(down, more(_positive), None)
         sign = y.detach()
-        wins = torch.where(sign > 0, ratio(y, p, self.stabilizer), 0.0)
-        loses = torch.where(sign < 0, ratio(y, n, self.stabilizer), 0.0)
+        wins = torch.where(sign > 0, run.ratio(y, p), 0.0)
+        loses = torch.where(sign < 0, run.ratio(y, n), 0.0)
         return p * wins + n * loses
 
 
-class ZBoxRule(_WeightRule):
+class ZBoxRule(WeightRule):
     """For inputs within known bounds, such as pixels: shares by distance to the bounds.
 
     Scaled ``z′ = f(x; w, b) − f(l·u; w⁺, b⁺) − f(h·u; w⁻, b⁻)``, with u ones.
@@ -258,12 +216,16 @@ class ZBoxRule(_WeightRule):
     Source: Montavon et al. 2017, eq. 15 (zᴮ).
 
     Args:
-        low: The least value of an input: a number or a tensor that broadcasts to the input.
+        low: The least value of an input: a number, or a tensor that broadcasts to the input. On a
+            convolution a tensor [C] is one bound per channel, as [C, 1, 1] would be.
         high: The largest value, likewise.
-        stabilizer: Added to the size of every denominator, in units of the output.
+        stabilizer: Added to the size of every denominator, in units of the output; or a
+            :class:`Stabilizer`.
+        zero_params: Names of the parameters that are read as zeros.
 
     Raises:
-        RuleError: If ``low`` is anywhere above ``high``.
+        RuleError: If ``low`` is anywhere above ``high``, or a bound is not finite; at the call, if
+            the bounds do not fit the input.
 
     >>> ZBoxRule(0.0, 1.0)
     ZBoxRule(stabilizer=1e-06, low=0.0, high=1.0)
@@ -273,65 +235,108 @@ class ZBoxRule(_WeightRule):
     feeds_zeros = True
 
     def __init__(
-        self, low: float | Tensor = -1.0, high: float | Tensor = 1.0, stabilizer: float = 1e-6
+        self,
+        low: float | Tensor = -1.0,
+        high: float | Tensor = 1.0,
+        stabilizer: Stabilizing = 1e-6,
+        *,
+        zero_params: ZeroParams = (),
     ) -> None:
-        super().__init__(stabilizer)
+        super().__init__(stabilizer, zero_params=zero_params)
         try:
-            ordered = bool((torch.as_tensor(low) <= torch.as_tensor(high)).all())
+            below, above = torch.as_tensor(low), torch.as_tensor(high)
+            ordered = bool((below <= above).all())
+            known = bool(below.isfinite().all() and above.isfinite().all())
         except (RuntimeError, TypeError, ValueError):
             raise RuleError(
                 f"ZBoxRule: low and high do not go together: {low!r}, {high!r}."
             ) from None
-        if not ordered:
-            raise RuleError(f"ZBoxRule: low must not be above high, got {low!r} and {high!r}.")
+        if not ordered or not known:
+            raise RuleError(
+                "ZBoxRule: low must not be above high, and both must be finite, "
+                f"got {low!r} and {high!r}."
+            )
         self.low, self.high = low, high
 
-    def share(self, run: Callable[..., Tensor], x: Tensor, y: Tensor) -> Tensor:
+    def share(self, run: LayerRun, x: Tensor, y: Tensor) -> Tensor:
         ones = unit(x)
-        try:
-            low, high = (self._bound(bound, x) * ones for bound in (self.low, self.high))
-        except RuntimeError:
-            raise RuleError(
-                f"{self!r}: the bounds do not broadcast to an input of shape {tuple(x.shape)}."
-            ) from None
+        low, high = (self._bound(bound, x, run.module) * ones for bound in (self.low, self.high))
         z = run(x, _same, _same) - run(low, _positive, _positive) - run(high, _negative, _negative)
-        return self.scaled(z, y)
+        return run.scaled(z, y)
 
-    @staticmethod
-    def _bound(bound: float | Tensor, x: Tensor) -> float | Tensor:
-        return bound.to(x).expand(x.shape) if isinstance(bound, Tensor) else bound
+    def _bound(self, bound: float | Tensor, x: Tensor, module: nn.Module) -> float | Tensor:
+        if not isinstance(bound, Tensor):
+            return bound
+        try:
+            if not isinstance(module, _ConvNd):
+                return bound.to(x).expand(x.shape)
+            if bound.dim() == 1:
+                bound = bound.reshape(-1, *(1 for _ in module.kernel_size))
+            return bound.to(x).expand(x.shape)
+        except RuntimeError:
+            per = (
+                f", one per channel ([{module.in_channels}])" if isinstance(module, _ConvNd) else ""
+            )
+            raise RuleError(
+                f"{type(self).__name__} on {type(module).__name__}: a bound of shape "
+                f"{tuple(bound.shape)} does not broadcast to an input of shape {tuple(x.shape)}. Give "
+                f"a number{per} or a tensor of the shape of one sample."
+            ) from None
 
 
-class WSquareRule(_WeightRule):
+class WSquareRule(WeightRule):
     """Shares by squared weights, regardless of the input: for layers on unbounded inputs.
 
-    Scaled ``z′ = f(u; w², 0)`` with u ones; the bias takes no part.
+    Scaled ``z′ = f(u; w², 0)`` with u ones, or ``f(u; w², b²)``. Zero padding takes no part; where
+    padding repeats inputs, these collect the shares of their copies.
 
     Source: Montavon et al. 2017, eq. 12 (w²).
 
     Args:
-        stabilizer: Added to the size of every denominator, in units of the output.
+        stabilizer: Added to the size of every denominator, in units of the output; or a
+            :class:`Stabilizer`.
+        with_bias: Whether the bias takes part by its square, and absorbs its share.
+        zero_params: Names of the parameters that are read as zeros.
 
-    >>> WSquareRule()
-    WSquareRule(stabilizer=1e-06)
+    >>> WSquareRule(), WSquareRule(with_bias=True)
+    (WSquareRule(stabilizer=1e-06), WSquareRule(stabilizer=1e-06, with_bias=True))
     """
 
     fresh = True
     feeds_zeros = True
+    #: Whether the bias takes part.
+    with_bias: bool = False
 
-    def share(self, run: Callable[..., Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return self.scaled(run(unit(x), torch.square, None), y)
+    def __init__(
+        self,
+        stabilizer: Stabilizing = 1e-6,
+        *,
+        with_bias: bool = False,
+        zero_params: ZeroParams = (),
+    ) -> None:
+        super().__init__(stabilizer, zero_params=zero_params)
+        if not isinstance(with_bias, bool):
+            raise RuleError(f"WSquareRule: with_bias must be True or False, got {with_bias!r}.")
+        if with_bias:  # else it does not show
+            self.with_bias = True
+
+    def share(self, run: LayerRun, x: Tensor, y: Tensor) -> Tensor:
+        bias = torch.square if self.with_bias else None
+        return run.scaled(run(unit(x), torch.square, bias), y)
 
 
-class FlatRule(WSquareRule):
+class FlatRule(WeightRule):
     """Shares evenly over the inputs that an output reads, regardless of input and weights.
 
-    Scaled ``z′ = f(u; 1, 0)`` with u ones. Padding takes no part.
+    Scaled ``z′ = f(u; 1, 0)`` with u ones. Zero padding takes no part; where padding repeats inputs,
+    these collect the shares of their copies.
 
     Source: Lapuschkin et al. 2019, methods section "flat".
 
     Args:
-        stabilizer: Added to the size of every denominator, in units of the output.
+        stabilizer: Added to the size of every denominator, in units of the output; or a
+            :class:`Stabilizer`.
+        zero_params: Names of the parameters that are read as zeros.
 
     >>> FlatRule()
     FlatRule(stabilizer=1e-06)
@@ -340,20 +345,8 @@ class FlatRule(WSquareRule):
     fresh = True
     feeds_zeros = True
 
-    def share(self, run: Callable[..., Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return self.scaled(run(unit(x), torch.ones_like, None), y)
-
-
-def known_nonnegative(x: Tensor) -> bool:
-    """Whether no entry is negative, where that can be asked without breaking a trace.
-
-    Under vmap, grad transforms, compilation and CUDA graphs it cannot, and the answer is no.
-    """
-    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x):  # pyright: ignore[reportAttributeAccessIssue]
-        return False
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        return False
-    return bool((x.detach() >= 0).all())
+    def share(self, run: LayerRun, x: Tensor, y: Tensor) -> Tensor:
+        return run.scaled(run(unit(x), torch.ones_like, None), y)
 
 
 def _positive(t: Tensor) -> Tensor:

@@ -1,0 +1,92 @@
+"""Rules for operations that no module stands for: a torch function mode for one run of a model."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["Around", "Functions", "opened"]
+
+Around = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+"""Called as ``around(function, args, kwargs)`` in the function's place; gives its result."""
+
+
+class Functions(TorchFunctionMode):
+    """Takes the place of torch functions while a model runs.
+
+    Args:
+        find: From a torch function to what is called in its place, or None to leave it alone.
+
+    Attributes:
+        running: How many runs of the model are under way; outside them nothing is replaced.
+        inside: How many modules are under way that answer for everything inside them.
+
+    >>> def doubled(function, args, kwargs):
+    ...     return 2 * function(*args, **kwargs)
+    >>> mode = Functions(lambda function: doubled if function is torch.neg else None)
+    >>> with mode:
+    ...     mode.running += 1
+    ...     torch.neg(torch.ones(1))
+    tensor([-2.])
+    """
+
+    def __init__(self, find: Callable[[Any], Around | None]) -> None:
+        super().__init__()
+        self._find = find
+        self.running = self.inside = 0
+
+    def close(self) -> None:
+        """Lets go of everything that belongs to the call that is over."""
+        self._find = _nothing
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.autograd.grad:
+            # Checkpointed blocks run again in the backward pass, and need their rules there.
+            self.running += 1
+            try:
+                with self:
+                    return opened(func)(*args, **kwargs)
+            finally:
+                self.running -= 1
+        if self.running and not self.inside and torch.is_grad_enabled():
+            around = self._find(func)
+            if around is not None:
+                return around(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+@lru_cache(maxsize=256)
+def opened(function: Any) -> Any:
+    """A function of torch's that is written in Python, without its look at active modes.
+
+    Called inside a mode, it runs its body there, so that the mode sees what it is made of.
+
+    >>> opened(torch.nn.functional.normalize) is torch.nn.functional.normalize
+    False
+    """
+    names = {name: _never for name in function.__globals__ if name.startswith("has_torch_function")}
+    twin = types.FunctionType(
+        function.__code__,
+        {**function.__globals__, **names},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    twin.__kwdefaults__ = function.__kwdefaults__
+    return twin
+
+
+def _nothing(function: Any) -> None:
+    return None
+
+
+def _never(*args: Any) -> bool:
+    return False
