@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
-from torch.overrides import TorchFunctionMode
 
 from pristine import assert_same, snapshot
+from tdhook_like.hooks.functional import Functions
 from tdhook_like.hooks.installation import Installation
 
 TABLES = [name for name in vars(nn_module) if name.startswith("_global") and name.endswith("hooks")]
@@ -152,37 +152,51 @@ def test_an_error_anywhere_takes_everything_off(net, place, error):
         net(torch.randn(3))
 
 
-class Counting(TorchFunctionMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Any] = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.seen.append(func)
-        return func(*args, **(kwargs or {}))
+def doubling(function: Any) -> Any:
+    """Doubles what relu gives."""
+    if function is not torch.relu:
+        return None
+    return lambda func, args, kwargs: 2 * func(*args, **kwargs)
 
 
-class Refusing(TorchFunctionMode):
-    def __enter__(self) -> Any:
+def test_functions_are_replaced_while_the_model_runs_and_not_after_an_error():
+    mode, one = Functions(doubling), torch.ones(1)
+    with contextlib.suppress(Trouble), Installation([], functions=mode):
+        assert torch.relu(one) == 1  # nothing runs yet
+        mode.running += 1
+        assert torch.relu(one) == 2
         raise Trouble
+    assert torch.relu(one) == 1
 
 
-def test_function_modes_are_active_for_the_block_and_off_after_an_error(net):
-    mode = Counting()
-    with contextlib.suppress(Trouble), Installation([], modes=[mode]):
-        torch.relu(torch.zeros(1))
-        raise Trouble
-    count = len(mode.seen)
-    torch.relu(torch.zeros(1))
-    assert count == len(mode.seen) > 0
+def test_functions_are_left_alone_inside_modules_that_answer_for_themselves():
+    class Rectified(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(x)
+
+    class Failing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise ValueError("no such input")
+
+    mode, one = Functions(doubling), torch.ones(1)
+    closed, other, failing = Rectified(), Rectified(), Failing()
+    with Installation([], functions=mode, closed=[closed, failing]):
+        mode.running += 1
+        assert closed(one) == 1 and other(one) == 2
+        with pytest.raises(ValueError):
+            failing(one)
+        assert other(one) == 2  # a module that failed is not inside any more
 
 
-def test_a_mode_that_cannot_be_entered_takes_the_others_off(net):
-    mode = Counting()
+def test_a_mode_that_cannot_be_entered_takes_the_rules_off(net):
+    class Refusing(Functions):
+        def __enter__(self) -> Any:
+            raise Trouble
+
     with pytest.raises(Trouble):
-        Installation(on((net[0], doubled)), modes=[mode, Refusing()]).__enter__()
-    torch.relu(torch.zeros(1))
-    assert mode.seen == []
+        Installation(on((net[0], doubled)), functions=Refusing(doubling)).__enter__()
+    x = torch.ones(3)
+    assert torch.equal(net[0](x), net[0].forward(x))
 
 
 def test_a_generator_that_is_dropped_half_way_takes_its_rules_off(net):

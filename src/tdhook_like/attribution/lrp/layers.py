@@ -92,8 +92,8 @@ class WeightRule(Rule):
 
     def __init__(self, stabilizer: Stabilizing = 1e-6, *, zero_params: ZeroParams = ()) -> None:
         self.stabilizer = checked("stabilizer", stabilizer, type(self).__name__)
-        if zero_params:  # else it does not show
-            self.zero_params = parameter_names(zero_params, type(self).__name__)
+        if names := parameter_names(zero_params, type(self).__name__):  # else it does not show
+            self.zero_params = names
 
     def check(self, module: nn.Module) -> str | None:
         children = [name for name in module._modules if name != "parametrizations"]

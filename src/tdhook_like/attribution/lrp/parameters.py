@@ -26,8 +26,8 @@ __all__ = [
     "why_not_zeroed",
 ]
 
-ZeroParams = str | Sequence[str]
-"""The name of a parameter, or several."""
+ZeroParams = str | Sequence[str] | None
+"""The name of a parameter, or several, or none."""
 
 _DRAW_NOTHING = (
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
@@ -58,7 +58,9 @@ def parameter_names(zero_params: ZeroParams, rule: str) -> tuple[str, ...]:
     (('bias',), ('weight', 'bias'))
     """
     names = (zero_params,) if isinstance(zero_params, str) else zero_params
-    if not isinstance(names, Sequence) or not all(isinstance(n, str) and n for n in names):
+    if names is None:
+        return ()
+    if not isinstance(names, list | tuple) or not all(isinstance(n, str) and n for n in names):
         raise RuleError(
             f"{rule}: zero_params must be the name of a parameter or a list of names, such as 'bias', "
             f"got {zero_params!r}."

@@ -52,7 +52,8 @@ class RecurrentRule(Rule):
     ``t · R / c′``; tanh and σ pass relevance on; a product ``p = gate · signal`` gives
     :meth:`shares` of ``R_p`` to its operands. Conserves what biases and ε do not absorb.
 
-    Source: Arras et al. 2017, section 3; Arras et al. 2019, section 11.3.
+    Source: Arras et al. 2017, "weighted connections" and "multiplicative interactions"; Arras et al.
+    2019, which compares rules for the latter.
 
     Args:
         epsilon: Added to the size of every denominator, in units of a linear map's result; or a
@@ -159,10 +160,10 @@ class RecurrentRule(Rule):
 class SignalTakesAllRule(RecurrentRule):
     """A product's relevance goes to the signal; gates are constants.
 
-    ``R_gate = 0``, ``R_signal = R_p``. The rule that Arras et al. 2019 found best on long sequences,
-    and the one to begin with.
+    ``R_gate = 0``, ``R_signal = R_p``. The one to begin with: it came out best in the comparison of
+    Arras et al. 2019.
 
-    Source: Arras et al. 2017, section 3.1; Arras et al. 2019, section 11.3.3, "LRP-all".
+    Source: Arras et al. 2017, "multiplicative interactions"; Arras et al. 2019, "LRP-all".
 
     Args:
         epsilon: Added to the size of every denominator, in units of a linear map's result; or a
@@ -182,7 +183,7 @@ class HalfRule(RecurrentRule):
 
     ``R_gate = R_signal = R_p / 2``.
 
-    Source: Arras et al. 2019, section 11.3.3, "LRP-half".
+    Source: Arras et al. 2019, "LRP-half".
 
     Args:
         epsilon: Added to the size of every denominator, in units of a linear map's result; or a
@@ -203,7 +204,7 @@ class ProportionalRule(RecurrentRule):
     and s all but cancel, both are large and of opposite sign; with ``absolute``, ``|g|`` and ``|s|``
     stand in place of g and s, and both are between 0 and R_p.
 
-    Source: Arras et al. 2019, section 11.3.3, "LRP-prop" and "LRP-abs".
+    Source: Arras et al. 2019, "LRP-prop" and "LRP-abs".
 
     Args:
         epsilon: Added to the size of every denominator, in units of a linear map's result; or a

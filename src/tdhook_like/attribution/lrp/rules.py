@@ -78,8 +78,8 @@ class EpsilonRule(Rule):
     def __init__(self, epsilon: Stabilizing = 1e-6, *, zero_params: ZeroParams = ()) -> None:
         name = type(self).__name__
         self.epsilon = checked("epsilon", epsilon, name)
-        if zero_params:  # else it does not show
-            self.zero_params = parameter_names(zero_params, name)
+        if names := parameter_names(zero_params, name):  # else it does not show
+            self.zero_params = names
 
     def check(self, module: nn.Module) -> str | None:
         return why_not_zeroed(module, self.zero_params)
@@ -275,9 +275,8 @@ class LayerNormRule(Rule):
 
     def __init__(self, *, zero_params: ZeroParams = (), stabilizer: Stabilizing = 1e-6) -> None:
         held = checked("stabilizer", stabilizer, type(self).__name__)
-        if zero_params:  # else neither shows
-            self.zero_params = parameter_names(zero_params, type(self).__name__)
-            self.stabilizer = held
+        if names := parameter_names(zero_params, type(self).__name__):  # else neither shows
+            self.zero_params, self.stabilizer = names, held
 
     def check(self, module: nn.Module) -> str | None:
         if isinstance(getattr(module, "normalized_shape", None), tuple | list):
