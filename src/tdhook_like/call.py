@@ -410,7 +410,8 @@ class Call:
                 "other keys."
             ) from error
         missing = [key for key in self._context.in_keys if self._td.get(key, None) is None]
-        if missing:
+        # Some keys may be absent (a first hidden state): then something else is wrong.
+        if missing and isinstance(error, KeyError | TypeError | AttributeError):
             raise KeyNotFoundError(
                 f"The model failed, and the TensorDict lacks {listed(missing)}, which it reads. It "
                 f"has {listed(self._td.keys(True, True))}."

@@ -37,6 +37,14 @@ class OwnDraws(TorchDispatchMode):
     (True, True, True)
     """
 
+    # A scan over time is an operator of operators: it is run through like any other.
+    supports_higher_order_operators = True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Whether what torch runs to compile such an operator is left alone; it draws nothing."""
+        return True
+
     def __init__(self, state: list[Any] | None = None) -> None:
         super().__init__()
         self.drew = False
@@ -47,7 +55,7 @@ class OwnDraws(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in func.tags:
+        if torch.Tag.nondeterministic_seeded not in getattr(func, "tags", ()):
             return func(*args, **kwargs)
         self.drew = True
         names = [argument.name for argument in func._schema.arguments]

@@ -136,4 +136,4 @@ class Installation:
 
 def _mine(owner: int) -> bool:
     # A compiled region runs in the thread that installed it, and cannot ask for its name.
-    return torch.compiler.is_compiling() or threading.get_ident() == owner
+    return threading.get_ident() == owner or torch.compiler.is_compiling()
