@@ -307,7 +307,7 @@ def test_the_log_probability_of_the_sampled_action_does_not_leak_through_the_sam
 ):
     policy = actor(kind)
     td = TensorDict({"observation": torch.randn(5, 4)}, [5])
-    with set_interaction_type(interaction), LRP(lambda n, m: None).prepare(policy) as hooked:
+    with set_interaction_type(interaction), InputXGradient().prepare(policy) as hooked:
         hooked(td)
     action = td["action"].detach()
     expected = reference(policy[:1], td, lambda out: policy.get_dist(out).log_prob(action))

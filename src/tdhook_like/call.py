@@ -33,7 +33,7 @@ from tdhook_like.randomness import ForeignDraws, OwnDraws, moved, restore_rng, r
 from tdhook_like.reading import attributed, declare, private_copy, same_bits
 from tdhook_like.runner import Undo, direct
 from tdhook_like.score import Captured, Evaluation, Score, TargetColumns, joined, members_last
-from tdhook_like.shadow import Shadow
+from tdhook_like.shadow import Itself, Shadow, is_stateless, stand_in
 from tdhook_like.targets import AtStep, Reference
 from tdhook_like.writing import Written, report, results, write, write_outputs
 
@@ -94,7 +94,7 @@ class Call:
                 private = private_copy(self._td)
                 outputs = self._returned(private, self._attempt(runner.plain, private))
                 own = self._own
-                with _gradients(inference), ForeignDraws():
+                with _gradients(inference), self._foreign():
                     found = self._explained(outputs)
             batch = destination.batch_size if own is None else own.batch_size
             made = results(self._context, batch, found)
@@ -109,7 +109,7 @@ class Call:
         """The explanation alone: nothing of the model, its buffers or the RNG changes."""
         self._check_destination(destination, self._context.written())
         self._observing, self._batch = True, destination.batch_size
-        with _gradients(torch.is_inference_mode_enabled()), ForeignDraws():
+        with _gradients(torch.is_inference_mode_enabled()), self._foreign():
             found = self._explained(None)
         write(
             self._context,
@@ -118,6 +118,16 @@ class Call:
             found,
         )
         return destination
+
+    def _foreign(self) -> AbstractContextManager[None]:
+        """Keeps Python's and numpy's generators as they are, where code may run that draws."""
+        context = self._context
+        known = context.targets_are_fixed and context.plan is None
+        baselines = getattr(self._method, "baselines", None)
+        if known and (baselines is None or isinstance(baselines, int | float | Tensor)):
+            if is_stateless(context.model):
+                return nullcontext()
+        return ForeignDraws()
 
     def _is_one_run(self, grads: bool, inference: bool) -> bool:
         """Whether a differentiable run gives, bit for bit, what the plain call gives.
@@ -144,9 +154,11 @@ class Call:
             known[tried] = same_bits(plain, traced, self._context.out_keys)
         return known[tried]
 
-    def _steady(self, shadow: Shadow, td: TensorDictBase) -> TensorDictBase:
+    def _steady(self, shadow: Shadow | Itself, td: TensorDictBase) -> TensorDictBase:
         """Runs a shadow; if the model draws, then from generators of its own."""
         context = self._context
+        if isinstance(shadow, Itself):  # nothing in it could draw
+            return direct(shadow.model, td)
         if context.draws is False:
             state = rng_state(list(self._inputs.values()))
             outputs = direct(shadow.model, td)
@@ -186,7 +198,7 @@ class Call:
         Args:
             plain: What the plain call wrote, where there was one; targets are bound there.
         """
-        shadow = Shadow(self._context.model)
+        shadow = stand_in(self._context.model)
 
         def run(td: TensorDictBase) -> TensorDictBase:
             return self._steady(shadow, td)
@@ -264,7 +276,7 @@ class Call:
         return self._result(attribution, targets, evaluation.outputs, evaluation.captured)
 
     def _along_path(
-        self, method: PathMethod, run: Run, shadow: Shadow, reference: TensorDictBase | None
+        self, method: PathMethod, run: Run, shadow: Shadow | Itself, reference: TensorDictBase | None
     ) -> Written:
         context, captured = self._context, Captured()
         if reference is None or context.activations is not None:

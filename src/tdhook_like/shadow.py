@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase, TensorDictParams
-from tensordict.nn import ProbabilisticTensorDictSequential
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule
 from torch import nn
 
 from tdhook_like.paths import kept_in, unwrapped
 
-__all__ = ["Shadow", "is_scripted"]
+__all__ = ["Shadow", "is_scripted", "stand_in"]
 
 
 class Shadow:
@@ -134,6 +134,63 @@ class Shadow:
         )
         twin.__kwdefaults__ = function.__kwdefaults__
         return twin
+
+
+class Itself:
+    """A model that is its own stand-in, as a run of it can leave no trace.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def of(self, module: nn.Module) -> nn.Module:
+        """The module itself."""
+        return module
+
+
+def stand_in(model: nn.Module) -> Shadow | Itself:
+    """What further evaluations run on: the model's shadow, or the model where that is as good.
+
+    A model of nothing but torch's own stateless layers writes nothing, draws nothing, and does the
+    same in training and evaluation mode. It is looked at anew each time: hooks may have been added.
+
+    >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    >>> stand_in(net).model is net, stand_in(nn.Sequential(net, nn.Dropout())).model is net
+    (True, False)
+    """
+    return Itself(model) if is_stateless(model) else Shadow(model)
+
+
+def is_stateless(model: nn.Module) -> bool:
+    """Whether a model is made of torch's own stateless layers alone, as torch made them."""
+    held = vars(model)
+    if type(model) is TensorDictModule:
+        plain = held["_kwargs"] is None and not held["method_kwargs"] and held["method"] is None
+        inside = "module" in held["_modules"]  # and not a function, which may call anything
+        if not (plain and inside and model.inplace is True and not model.strict):
+            return False
+    elif type(model) not in _STATELESS:
+        return False
+    if "forward" in held or held["_buffers"] or any(held[name] for name in _HOOKS):
+        return False
+    return all(child is None or is_stateless(child) for child in held["_modules"].values())
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_STATELESS = frozenset(
+    {
+        *(nn.Sequential, nn.Identity, nn.Flatten, nn.Unflatten, nn.Linear, nn.Bilinear),
+        *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm),
+        *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish),
+        *(nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardswish, nn.PReLU),
+        *(nn.Softmax, nn.LogSoftmax, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
+        *(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d),
+        *(nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+    }
+)
 
 
 def _dist_params(twin: Any, td: Any, tensordict_out: Any = None, **kwargs: Any) -> Any:

@@ -33,7 +33,7 @@ class KernelShap(CoalitionMethod):
     ``score(input) − score(baseline)``, with ``π(S) = (n − 1) / (C(n, |S|) |S| (n − |S|))``. Exact where
     ``n_samples`` allows for all ``2**n − 2`` coalitions. Else those of the sizes that weigh most are
     enumerated, and pairs of a coalition and its complement are drawn from the others; the standard
-    errors at ``error_root`` then come from leaving out one tenth of the draws after another.
+    errors at ``error_root`` then come from leaving out one twentieth of the draws after another.
 
     Source: Lundberg & Lee 2017, theorem 2; for pairs and constraint Covert & Lee 2021, section 3.
 
@@ -105,7 +105,7 @@ class Lime(CoalitionMethod):
     size is drawn evenly from 0 to n and whose members are drawn evenly, too. Near ones count most:
     ``π(z) = exp(−D² / kernel_width²)`` with the cosine distance to everybody, ``D = 1 − √(|z| / n)``. All
     coalitions are enumerated, each with its probability, where there are at most ``n_samples``; else
-    the standard errors at ``error_root`` come from leaving out one tenth of the draws after another.
+    the standard errors at ``error_root`` come from leaving out one twentieth of the draws after another.
     Coefficients say what groups do near the input, and need not sum to anything.
 
     Source: Ribeiro et al. 2016, eq. 2 and section 3.3, with ridge regression for the sparse one.

@@ -11,7 +11,7 @@ from tdhook_like.errors import InputError
 
 __all__ = ["FOLDS", "WeightedFit"]
 
-FOLDS = 10
+FOLDS = 20
 """Into how many parts draws are divided; errors come from leaving out one after another."""
 
 
@@ -109,6 +109,9 @@ class WeightedFit:
         Returns:
             Twice ``[n, *E, T]``.
         """
+        if not self._n:
+            none = self._zy[0, :0]
+            return self._shaped(none), self._shaped(none)
         penalty = torch.full((self._n + 1,), float(ridge), dtype=torch.float64)
         penalty[-1] = 0
         penalty = penalty.diag().to(self._zz.device)

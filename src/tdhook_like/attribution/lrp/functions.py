@@ -96,6 +96,9 @@ class FunctionRules:
 
         return of
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_found": {}}  # torch's functions do not all travel
+
     def __repr__(self) -> str:
         own = f", rules={self.rules!r}" if self.rules else ""
         return f"FunctionRules(attention={self.attention!r}, gates={self.gates!r}{own})"

@@ -197,6 +197,8 @@ class Recorder:
 
     def function(self, name: str, rule: Any, kept: Any, result: Tensor, surrogate: Any) -> Tensor:
         """What a function gave, as a copy that is watched."""
+        if not _flows(result):  # it read no more than the shape of what depends on the inputs
+            return result
         entry = _Entry(name, "function", repr(rule), _cause(rule, None), self._pending)
         self._start(entry)
         result = result.clone()
@@ -306,6 +308,8 @@ def _total(
         for i, (tensor, gradient) in enumerate(zip(tensors, column, strict=True)):
             plain, moved = unwrapped(tensor)
             value = (nonzero(plain) if weight is None else weight(i)) * gradient
+            # Nothing arrives where a mask has put infinities, but zero times them is not zero.
+            value = torch.where(gradient == 0, gradient, value)
             for place in reversed(moved):
                 value = value.movedim(place, -1)
             total = total + _by_element(value.detach().to(like.dtype), batch)

@@ -87,6 +87,7 @@ FOLLOWED = _words(
     adaptive_max_pool3d_with_indices fractional_max_pool2d fractional_max_pool3d
     fractional_max_pool2d_with_indices fractional_max_pool3d_with_indices
     max_unpool1d max_unpool2d max_unpool3d log_softmax
+    pack_padded_sequence pad_packed_sequence
     checkpoint cholesky_solve lu_solve solve_triangular
     """
 )
