@@ -26,22 +26,23 @@ EPSILON = 1e-6
 
 LayerRule = Callable[..., Tensor]
 Modify = Callable[[Tensor], Tensor]
+Epsilon = float | Callable[[Tensor], Tensor]
+"""A number, or a function from the denominators of one sample to stabilised ones."""
 
 
-def stabilised(z: Tensor, eps: float) -> Tensor:
-    """``z + eps * sign(z)`` where the sign of zero is +1."""
-    return torch.where(z < 0, z - eps, z + eps)
+def stabilised(z: Tensor, eps: Epsilon) -> Tensor:
+    """``z + eps * sign(z)`` where the sign of zero is +1; or what a function makes of ``z``."""
+    return torch.where(z < 0, z - eps, z + eps) if isinstance(eps, float) else eps(z)
 
 
-def share(z: Tensor, total: Tensor, R: Tensor, eps: float) -> Tensor:
+def share(z: Tensor, total: Tensor, R: Tensor, eps: Epsilon) -> Tensor:
     """Gives input i its part ``z[j, i] / st(total[j])`` of every ``R[j]``; outputs one by one.
 
     An output whose denominator is exactly zero (possible with ``eps=0`` only) has no contribution
     to share by, and its relevance goes nowhere.
     """
     out = torch.zeros(z.shape[1], dtype=torch.float64)
-    for j in range(z.shape[0]):
-        denominator = stabilised(total[j], eps)
+    for j, denominator in enumerate(stabilised(total, eps)):
         if denominator != 0:
             out += z[j] / denominator * R[j]
     return out
@@ -50,14 +51,14 @@ def share(z: Tensor, total: Tensor, R: Tensor, eps: float) -> Tensor:
 # --- rules of affine layers ---------------------------------------------------------------------
 
 
-def epsilon(W: Tensor, b: Tensor, x: Tensor, R: Tensor, eps: float = EPSILON) -> Tensor:
+def epsilon(W: Tensor, b: Tensor, x: Tensor, R: Tensor, eps: Epsilon = EPSILON) -> Tensor:
     """LRP-epsilon: Bach et al. 2015; ``eps=0`` is LRP-0."""
     z = W * x
     return share(z, z.sum(1) + b, R, eps)
 
 
 def modified_params(
-    W_mod: Tensor, b_mod: Tensor, x: Tensor, R: Tensor, eps: float = EPSILON
+    W_mod: Tensor, b_mod: Tensor, x: Tensor, R: Tensor, eps: Epsilon = EPSILON
 ) -> Tensor:
     """Any changed parameters: ``x_i w'_ji R_j / st(z'_j)``, z' their own output."""
     return epsilon(W_mod, b_mod, x, R, eps)
@@ -70,7 +71,7 @@ def alpha_beta(
     R: Tensor,
     alpha: float = 2.0,
     beta: float = 1.0,
-    eps: float = EPSILON,
+    eps: Epsilon = EPSILON,
 ) -> Tensor:
     """Bach et al. 2015: positive and negative contributions, each with its own total.
 
@@ -83,14 +84,14 @@ def alpha_beta(
     return alpha * excites - beta * inhibits
 
 
-def zplus(W: Tensor, b: Tensor, x: Tensor, R: Tensor, eps: float = EPSILON) -> Tensor:
+def zplus(W: Tensor, b: Tensor, x: Tensor, R: Tensor, eps: Epsilon = EPSILON) -> Tensor:
     """Montavon et al. 2017, for inputs of any sign: positive contributions alone."""
     z = (W * x).clamp(min=0)
     return share(z, z.sum(1) + b.clamp(min=0), R, eps)
 
 
 def gamma(
-    W: Tensor, b: Tensor, x: Tensor, R: Tensor, gamma: float = 0.25, eps: float = EPSILON
+    W: Tensor, b: Tensor, x: Tensor, R: Tensor, gamma: float = 0.25, eps: Epsilon = EPSILON
 ) -> Tensor:
     """Andeol et al. 2021: contributions of the output's own sign count ``1 + gamma`` times.
 
@@ -117,7 +118,7 @@ def zbox(
     R: Tensor,
     low: Tensor | float,
     high: Tensor | float,
-    eps: float = EPSILON,
+    eps: Epsilon = EPSILON,
 ) -> Tensor:
     """Montavon et al. 2017: inputs confined to [low, high] (numbers, or of x's shape).
 
@@ -132,7 +133,7 @@ def zbox(
 
 
 def wsquare(
-    W: Tensor, b: Tensor, x: Tensor, R: Tensor, eps: float = EPSILON, with_bias: bool = False
+    W: Tensor, b: Tensor, x: Tensor, R: Tensor, eps: Epsilon = EPSILON, with_bias: bool = False
 ) -> Tensor:
     """Montavon et al. 2017: shares by ``w**2``, whatever the inputs are."""
     squares = W**2
@@ -140,7 +141,7 @@ def wsquare(
     return share(squares, total, R, eps)
 
 
-def flat(W: Tensor, b: Tensor, x: Tensor, R: Tensor, eps: float = EPSILON) -> Tensor:
+def flat(W: Tensor, b: Tensor, x: Tensor, R: Tensor, eps: Epsilon = EPSILON) -> Tensor:
     """Lapuschkin et al. 2019: equal shares for all connected inputs.
 
     A weight counts as a connection where it is not zero; where an existing weight may be zero,

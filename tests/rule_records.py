@@ -5,7 +5,7 @@ Generic tests run over `RECORDS`, so a new rule is tested by adding a record her
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,17 +13,21 @@ import torch
 from torch import Tensor, nn
 
 import reference_lrp as ref
+import rule_references as want
+from rule_references import Reference, affine, without_bias
 from rule_samples import (
     AFFINE,
+    AVERAGES,
     ELEMENTWISE,
     FUSED,
+    LP_POOLS,
     NORMS,
     OPERANDS,
     PICKING,
+    RECTIFIERS,
     SOFTMAX,
-    MaskedSoftmax,
+    SUMS,
     MatMul,
-    Product,
     Sample,
     grid,
 )
@@ -48,9 +52,16 @@ from tdhook_like.attribution.lrp import (
     ZBoxRule,
     ZPlusRule,
 )
-
-Reference = Callable[[nn.Module, Sequence[Tensor], Tensor], list[Tensor]]
-"""``(module, inputs, R_out) -> relevance of each input``, in float64."""
+from tdhook_like.attribution.lrp.masks import MaskRule
+from tdhook_like.attribution.lrp.picking import ArgmaxRule
+from tdhook_like.attribution.lrp.pooling import NormRule
+from tdhook_like.attribution.lrp.rectifiers import (
+    BetaSmoothRule,
+    DeconvReLURule,
+    ExcitationRule,
+    GuidedReLURule,
+)
+from tdhook_like.attribution.lrp.stabilizer import ClippedStabilizer, RelativeStabilizer
 
 EVERYTHING, BUT_BIAS, NOTHING = "everything", "everything but the bias's part", "nothing"
 
@@ -74,6 +85,7 @@ class Record:
         by_share: Whether outputs are too near zero in one precision and zero in another, so that
             their relevance has to be a share of them.
         feeds_zeros: Whether inputs that are exactly zero get relevance.
+        reads: What the rule makes of inputs before it looks at contributions.
     """
 
     name: str
@@ -87,6 +99,7 @@ class Record:
     by_output: bool = False
     by_share: bool = False
     feeds_zeros: bool = False
+    reads: Callable[[Tensor], Tensor] = lambda x: x
 
     def rule(self, stabilizer: float = ref.EPSILON) -> Rule:
         """The rule."""
@@ -104,120 +117,9 @@ class Record:
         """Whether an output has something to share by, [B, outputs]."""
         assert self.shares is not None
         layer = ref.connections(module, x.shape[1:])
-        return self.shares(layer.W * x.flatten(1)[:, None, layer.source], layer.connected)
-
-
-# --- references -----------------------------------------------------------------------------------
-
-
-def affine(rule: Callable[..., Tensor], **options: Any) -> Reference:
-    """The reference of a rule of affine layers, connection by connection."""
-
-    def reference(module: nn.Module, inputs: Sequence[Tensor], R: Tensor) -> list[Tensor]:
-        return [ref.relevance(module, inputs[0], R, rule, **options)]
-
-    return reference
-
-
-def box(low: Tensor | float, high: Tensor | float) -> Reference:
-    """Z-box with bounds for every input, or of the input's shape where they are tensors."""
-
-    def reference(module: nn.Module, inputs: Sequence[Tensor], R: Tensor) -> list[Tensor]:
-        shape = inputs[0].shape[1:]
-        bounds = {
-            name: torch.as_tensor(bound, dtype=torch.float64).expand(shape)
-            for name, bound in (("low", low), ("high", high))
-        }
-        return [ref.relevance(module, inputs[0], R, ref.zbox, **bounds)]
-
-    return reference
-
-
-def shifted(parameter: Tensor) -> Tensor:
-    """A modification that keeps the grid: half of it, and a bit more."""
-    return parameter / 2 + 1 / 64
-
-
-def unchanged(module: nn.Module, inputs: Sequence[Tensor], R: Tensor) -> list[Tensor]:
-    """What came to the output is the input's."""
-    return [ref.pass_(inputs[0], R)]
-
-
-def pseudo_identity(module: nn.Module, inputs: Sequence[Tensor], R: Tensor) -> list[Tensor]:
-    """``x R / st(x)``."""
-    x = inputs[0].double()
-    return [x * R.double() / ref.stabilised(x, ref.EPSILON)]
-
-
-def nowhere(module: nn.Module, inputs: Sequence[Tensor], R: Tensor) -> list[Tensor]:
-    """No relevance for any input."""
-    return [ref.stop(x, R) for x in inputs]
-
-
-def evenly(module: nn.Module, inputs: Sequence[Tensor], R: Tensor) -> list[Tensor]:
-    """Each operand the same."""
-    return ref.uniform(inputs, R)
-
-
-def absorbed(y: Tensor, R: Tensor) -> Tensor:
-    """What epsilon leaves of relevance: ``R y / st(y)``."""
-    return R.double() * y / ref.stabilised(y, ref.EPSILON)
-
-
-def epsilon_evenly(module: nn.Module, inputs: Sequence[Tensor], R: Tensor) -> list[Tensor]:
-    """Products by hand, factor by factor; anything else is an affine layer of one input."""
-    xs = [x.double() for x in inputs]
-    if isinstance(module, Product):
-        return ref.uniform(xs, absorbed(module(*xs), R))
-    if not isinstance(module, MatMul):
-        return [ref.relevance(module, xs[0], R, ref.epsilon)]
-    a, b = xs
-    ratio = R.double() / ref.stabilised(a @ b, ref.EPSILON)
-    to_a, to_b = torch.zeros_like(a), torch.zeros_like(b)
-    n, m, k = ratio.shape[-2], ratio.shape[-1], a.shape[-1]
-    for i in range(n):
-        for j in range(m):
-            for inner in range(k):
-                part = a[:, i, inner] * b[:, inner, j] * ratio[:, i, j] / 2
-                to_a[:, i, inner] += part
-                to_b[:, inner, j] += part
-    return [to_a, to_b]
-
-
-def softmax(module: nn.Module, inputs: Sequence[Tensor], R: Tensor) -> list[Tensor]:
-    """AttnLRP's proposition, what epsilon absorbs taken off beforehand."""
-    x = inputs[0].double()
-    dim = {nn.Softmax2d: -3}.get(type(module), getattr(module, "dim", -1))
-    if isinstance(module, MaskedSoftmax):
-        x = x.masked_fill(torch.arange(x.shape[-1]) > 1, -torch.inf)
-    s = torch.softmax(x, dim)
-    return [ref.softmax_attn(x, absorbed(s, R), dim)]
-
-
-def norm(module: nn.Module, inputs: Sequence[Tensor], R: Tensor) -> list[Tensor]:
-    """The norm with its statistics constant; an RMS norm is then one factor per entry."""
-    if isinstance(module, nn.LayerNorm):
-        return [ref.layer_norm(module, inputs[0], R)]
-    return unchanged(module, inputs, R)
-
-
-def values_alone(module: nn.Module, inputs: Sequence[Tensor], R: Tensor) -> list[Tensor]:
-    """LRP-0 through the last third of the outputs."""
-    third = R.shape[-1] // 3
-    kept = torch.zeros_like(R)
-    kept[..., -third:] = R[..., -third:]
-    return [ref.relevance(module, inputs[0], kept, ref.epsilon, eps=0.0)]
-
-
-def to_the_winner(module: nn.Module, inputs: Sequence[Tensor], R: Tensor) -> list[Tensor]:
-    """Pooling by hand: the first of the largest takes all."""
-    if not isinstance(module, nn.MaxPool1d):
-        return [R.double().reshape(inputs[0].shape)]
-    out = torch.zeros_like(inputs[0], dtype=torch.float64)
-    for b, channel, j in torch.cartesian_prod(*map(torch.arange, R.shape)).tolist():
-        window = inputs[0][b, channel, 2 * j : 2 * j + 2]
-        out[b, channel, 2 * j + int(window.argmax())] += R[b, channel, j]
-    return [out]
+        return self.shares(
+            layer.W * self.reads(x).flatten(1)[:, None, layer.source], layer.connected
+        )
 
 
 # --- the records ----------------------------------------------------------------------------------
@@ -238,6 +140,18 @@ _NO_NORM = (
     Sample("linear", lambda: nn.Linear(4, 4), ((4,),)),
     Sample("batch norm", lambda: nn.BatchNorm1d(4).eval(), ((4,),)),
 )
+_NO_SUM = (
+    Sample("linear", lambda: nn.Linear(4, 4), ((4,),)),
+    Sample("max pooling", lambda: nn.MaxPool1d(2), ((1, 4),)),
+)
+_NO_RELU = (
+    Sample("tanh", nn.Tanh, ((4,),)),
+    Sample("leaky relu", nn.LeakyReLU, ((4,),)),
+    Sample("linear", lambda: nn.Linear(4, 4), ((4,),)),
+)
+_ONE_SAMPLE = (AFFINE[0], AFFINE[1], *(sample for sample in AFFINE if "conv" in sample.name))
+# Where favoured contributions cancel exactly, relevance is large and float32 has no digits left.
+_NEVER_CANCELLING = tuple(sample for sample in AFFINE if sample.name != "conv1d replicate")
 _EPSILON_SHARED = (
     *(AFFINE[0], AFFINE[5], *OPERANDS[2:]),
     Sample("matrix product", MatMul, ((2, 3), (3, 2))),
@@ -247,7 +161,7 @@ _LOW, _HIGH = torch.tensor(-1.75, dtype=torch.float64), torch.tensor([2.0], dtyp
 
 
 def _modified(stabilizer: float) -> Rule:
-    return ModifiedRule(ParamModifier(lambda name, p: shifted(p)), stabilizer)
+    return ModifiedRule(ParamModifier(lambda name, p: want.shifted(p)), stabilizer)
 
 
 def _weights(
@@ -269,41 +183,48 @@ RECORDS = (
         by_output=True,
     ),
     Record(
-        *("uniform epsilon", UniformEpsilonRule, _EPSILON_SHARED, epsilon_evenly, NOTHING),
+        *("uniform epsilon", UniformEpsilonRule, _EPSILON_SHARED, want.epsilon_evenly, NOTHING),
         shown="UniformEpsilonRule(epsilon=1e-06)",
         by_output=True,
     ),
     Record(
-        *("pass", lambda _: PassRule(), ELEMENTWISE, unchanged, EVERYTHING, "PassRule()"),
+        *("pass", lambda _: PassRule(), ELEMENTWISE, want.unchanged, EVERYTHING, "PassRule()"),
         wrong=_OTHER_SIZE,
         feeds_zeros=True,
     ),
     Record(
-        *("ignore", lambda _: IgnoreRule(), PICKING, to_the_winner, EVERYTHING, "IgnoreRule()"),
+        *(
+            "ignore",
+            lambda _: IgnoreRule(),
+            PICKING,
+            want.to_the_winner,
+            EVERYTHING,
+            "IgnoreRule()",
+        ),
         feeds_zeros=True,
     ),
     Record(
-        *("uniform", lambda _: UniformRule(), OPERANDS, evenly, EVERYTHING, "UniformRule()"),
+        *("uniform", lambda _: UniformRule(), OPERANDS, want.evenly, EVERYTHING, "UniformRule()"),
         wrong=_OTHER_SIZE,
         feeds_zeros=True,
     ),
-    Record("stop", lambda _: StopRule(), AFFINE[:2], nowhere, NOTHING, "StopRule()"),
+    Record("stop", lambda _: StopRule(), AFFINE[:2], want.nowhere, NOTHING, "StopRule()"),
     Record(
-        *("softmax epsilon", SoftmaxEpsilonRule, SOFTMAX, softmax, NOTHING),
+        *("softmax epsilon", SoftmaxEpsilonRule, SOFTMAX, want.softmax, NOTHING),
         shown="SoftmaxEpsilonRule(epsilon=1e-06)",
     ),
     Record(
-        *("layer norm", lambda _: LayerNormRule(), NORMS, norm, BUT_BIAS, "LayerNormRule()"),
+        *("layer norm", lambda _: LayerNormRule(), NORMS, want.norm, BUT_BIAS, "LayerNormRule()"),
         wrong=_NO_NORM,
         by_share=True,
     ),
     Record(
-        *("pseudo identity", PseudoIdentityRule, ELEMENTWISE, pseudo_identity, NOTHING),
+        *("pseudo identity", PseudoIdentityRule, ELEMENTWISE, want.pseudo_identity, NOTHING),
         shown="PseudoIdentityRule(stabilizer=1e-06)",
         wrong=_OTHER_SIZE,
     ),
     Record(
-        *("ah-qkv", lambda _: AHQKVRule(), FUSED, values_alone, NOTHING, "AHQKVRule()"),
+        *("ah-qkv", lambda _: AHQKVRule(), FUSED, want.values_alone, NOTHING, "AHQKVRule()"),
         wrong=_NO_THIRDS,
         by_share=True,
     ),
@@ -328,13 +249,18 @@ RECORDS = (
         shares=_any,
     ),
     _weights(
-        *("z-box", lambda eps: ZBoxRule(-2.0, 1.75, eps), box(-2.0, 1.75), EVERYTHING),
+        *("z-box", lambda eps: ZBoxRule(-2.0, 1.75, eps), want.box(-2.0, 1.75), EVERYTHING),
         shown="ZBoxRule(stabilizer=1e-06, low=-2.0, high=1.75)",
         shares=lambda z, connected: (z != 0).any(-1),
         feeds_zeros=True,
     ),
     _weights(
-        *("z-box of tensors", lambda eps: ZBoxRule(_LOW, _HIGH, eps), box(_LOW, _HIGH), EVERYTHING),
+        *(
+            "z-box of tensors",
+            lambda eps: ZBoxRule(_LOW, _HIGH, eps),
+            want.box(_LOW, _HIGH),
+            EVERYTHING,
+        ),
         shown=f"ZBoxRule(stabilizer=1e-06, low={_LOW!r}, high={_HIGH!r})",
         shares=lambda z, connected: (z != 0).any(-1),
         feeds_zeros=True,
@@ -351,8 +277,104 @@ RECORDS = (
         feeds_zeros=True,
     ),
     _weights(
-        *("modified", _modified, affine(ref.modified_params, modify=shifted), NOTHING),
+        *("modified", _modified, affine(ref.modified_params, modify=want.shifted), NOTHING),
         shown="ModifiedRule(stabilizer=1e-06, modifier=",
+    ),
+    _weights(
+        *("w-square with bias", lambda eps: WSquareRule(eps, with_bias=True)),
+        *(affine(ref.wsquare, with_bias=True), BUT_BIAS),
+        shown="WSquareRule(stabilizer=1e-06, with_bias=True)",
+        shares=lambda z, connected: (z != 0).any(-1),
+        feeds_zeros=True,
+    ),
+    _weights(
+        *("alpha 2 beta 1 without bias", lambda eps: AlphaBetaRule(2, 1, eps, zero_params="bias")),
+        *(affine(without_bias(ref.alpha_beta)), EVERYTHING),
+        shown="AlphaBetaRule(stabilizer=1e-06, zero_params=('bias',), alpha=2.0, beta=1.0)",
+        shares=lambda z, _: (z > 0).any(-1) & (z < 0).any(-1),
+    ),
+    _weights(
+        *("z-plus without bias", lambda eps: ZPlusRule(eps, zero_params=["bias"])),
+        *(affine(without_bias(ref.zplus)), EVERYTHING),
+        shown="ZPlusRule(stabilizer=1e-06, zero_params=('bias',))",
+        shares=lambda z, _: (z > 0).any(-1),
+    ),
+    Record(
+        *("gamma without bias", lambda eps: GammaRule(0.25, eps, zero_params="bias")),
+        *(_NEVER_CANCELLING, affine(want.gamma_without_bias), NOTHING),
+        shown="GammaRule(stabilizer=1e-06, zero_params=('bias',), gamma=0.25)",
+        wrong=_NOT_AFFINE,
+        by_output=True,
+    ),
+    _weights(
+        *("excitation", ExcitationRule, affine(want.excitation), EVERYTHING),
+        shown="ExcitationRule(stabilizer=1e-06)",
+        shares=lambda z, _: (z > 0).any(-1),
+        reads=lambda x: x.clamp(min=0),
+    ),
+    Record(
+        *("epsilon without bias", lambda eps: EpsilonRule(eps, zero_params="bias")),
+        *(AFFINE, affine(without_bias(ref.epsilon)), EVERYTHING),
+        shown="EpsilonRule(epsilon=1e-06, zero_params=('bias',))",
+        wrong=_NOT_AFFINE[:1],
+        shares=_any,
+        by_output=True,
+    ),
+    Record(
+        *("epsilon clipped", lambda eps: EpsilonRule(ClippedStabilizer(eps)), AFFINE),
+        *(affine(ref.epsilon, eps=want.clipped), BUT_BIAS),
+        shown="EpsilonRule(epsilon=ClippedStabilizer(epsilon=1e-06))",
+        shares=_any,
+        by_output=True,
+    ),
+    Record(
+        *("epsilon by scale", lambda eps: EpsilonRule(RelativeStabilizer(eps)), _ONE_SAMPLE),
+        *(affine(ref.epsilon, eps=want.by_scale), BUT_BIAS),
+        shown="EpsilonRule(epsilon=RelativeStabilizer(epsilon=1e-06, dims=None))",
+        shares=_any,
+        by_output=True,
+    ),
+    Record(
+        *("argmax", lambda _: ArgmaxRule(), AFFINE, want.to_the_largest, EVERYTHING),
+        shown="ArgmaxRule()",
+        wrong=_NOT_AFFINE,
+        shares=lambda z, connected: connected.any(-1).expand(z.shape[:2]),
+        feeds_zeros=True,
+    ),
+    Record(
+        *("mask", lambda eps: MaskRule(0, EpsilonRule(eps)), AFFINE),
+        *(want.of_channel(0, ref.epsilon), NOTHING),
+        shown="MaskRule(channels=(0,), rule=EpsilonRule(epsilon=1e-06), dim=1)",
+        by_output=True,
+    ),
+    Record(
+        *("norm", NormRule, (*SUMS, *AVERAGES), want.by_contribution, EVERYTHING),
+        shown="NormRule(stabilizer=1e-06)",
+        wrong=_NO_SUM,
+        by_share=True,
+    ),
+    Record(
+        *("norm of powers", NormRule, LP_POOLS, want.by_contribution, NOTHING),
+        shown="NormRule(stabilizer=1e-06)",
+        by_output=True,
+    ),
+    Record(
+        *("guided relu", lambda _: GuidedReLURule(), RECTIFIERS, want.rectified(want.guided)),
+        *(NOTHING, "GuidedReLURule()"),
+        wrong=_NO_RELU,
+        by_share=True,
+    ),
+    Record(
+        *("deconv relu", lambda _: DeconvReLURule(), RECTIFIERS, want.rectified(want.deconvolved)),
+        *(NOTHING, "DeconvReLURule()"),
+        wrong=_NO_RELU,
+        by_share=True,
+    ),
+    Record(
+        *("beta smooth", lambda _: BetaSmoothRule(10), RECTIFIERS, want.rectified(want.smoothed)),
+        *(NOTHING, "BetaSmoothRule(beta=10.0)"),
+        wrong=_NO_RELU,
+        by_share=True,
     ),
 )
 

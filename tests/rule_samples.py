@@ -144,6 +144,16 @@ AFFINE = (
         lambda: nn.Conv2d(1, 2, 3, padding=(1, 1), padding_mode="reflect"),
         ((1, 3, 3),),
     ),
+    Sample(
+        "conv2d circular on one side",
+        lambda: nn.Conv2d(2, 2, (3, 2), padding=(2, 0), padding_mode="circular", bias=False),
+        ((2, 3, 2),),
+    ),
+    Sample(
+        "conv2d replicate with a stride",
+        lambda: nn.Conv2d(1, 2, 3, stride=2, padding=2, padding_mode="replicate"),
+        ((1, 3, 2),),
+    ),
     Sample("conv3d", lambda: nn.Conv3d(1, 2, 2, stride=(1, 2, 1), padding=1), ((1, 2, 2, 2),)),
     Sample(
         "transposed 1d", lambda: nn.ConvTranspose1d(2, 2, 3, stride=2, output_padding=1), ((2, 3),)
@@ -152,6 +162,13 @@ AFFINE = (
         "transposed 2d without bias",
         lambda: nn.ConvTranspose2d(2, 4, 2, padding=1, groups=2, bias=False),
         ((2, 3, 3),),
+    ),
+    Sample(
+        "transposed 2d in groups with gaps",
+        lambda: nn.ConvTranspose2d(
+            2, 2, (2, 3), stride=(3, 1), padding=(0, 2), output_padding=(1, 0), groups=2
+        ),
+        ((2, 2, 3),),
     ),
     Sample("transposed 3d", lambda: nn.ConvTranspose3d(3, 1, 2, dilation=2), ((3, 2, 2, 1),)),
 )
@@ -236,4 +253,34 @@ PICKING = (
     Sample("flatten", lambda: nn.Flatten(1), ((2, 3),)),
     Sample("dropout in evaluation", lambda: nn.Dropout(0.9).eval(), ((4,),)),
     Sample("max pooling", lambda: nn.MaxPool1d(2), ((2, 6),)),
+)
+RECTIFIERS = (
+    Sample("relu", nn.ReLU, ((6,),)),
+    Sample("relu of planes", nn.ReLU, ((2, 3, 2),)),
+)
+
+
+class Difference(nn.Module):
+    """What its first input has beyond the second."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return a - b
+
+
+AVERAGES = (
+    Sample("average pooling", lambda: nn.AvgPool1d(2, padding=1), ((2, 5),)),
+    Sample(
+        "average pooling that overlaps",
+        lambda: nn.AvgPool2d(2, stride=1, count_include_pad=False, padding=1),
+        ((2, 3, 2),),
+    ),
+    Sample("sum pooling", lambda: nn.AvgPool2d((1, 2), divisor_override=1), ((1, 2, 4),)),
+    Sample("adaptive average pooling", lambda: nn.AdaptiveAvgPool3d((1, 2, 1)), ((2, 2, 3, 1),)),
+)
+SUMS = (*OPERANDS[:2], Sample("difference", Difference, ((3,), (3,))))
+LP_POOLS = (
+    Sample("l2 pooling of rows", lambda: nn.LPPool1d(2, 2), ((6,),)),
+    Sample("l2 pooling", lambda: nn.LPPool1d(2, 2), ((2, 5),)),
+    Sample("l2 pooling that overlaps", lambda: nn.LPPool2d(2, 2, stride=1), ((1, 3, 3),)),
+    Sample("l4 pooling", lambda: nn.LPPool2d(4, (1, 2), ceil_mode=True), ((2, 2, 3),)),
 )

@@ -25,6 +25,7 @@ def vector(*numbers: float) -> Tensor:
     ("rule", "options", "expected"),
     [
         (ref.epsilon, {}, [2 + 6, -2 + 4]),
+        (ref.epsilon, {"eps": lambda z: 2 * z}, [1 + 3, -1 + 2]),
         (ref.epsilon, {"eps": 1.0}, [2 / 2 + 6 / 10 * 9, -2 / 2 + 4 / 10 * 9]),
         (ref.alpha_beta, {}, [2 * 2 / 3 + 2 * 6 / 10 * 9, -1 + 2 * 4 / 10 * 9]),
         (ref.alpha_beta, {"alpha": 1.0, "beta": 0.0}, [2 / 3 + 6 / 10 * 9, 4 / 10 * 9]),

@@ -44,6 +44,11 @@ from tdhook_like.attribution.lrp import (
     WSquareRule,
     ZBoxRule,
     ZPlusRule,
+    masks,
+    picking,
+    pooling,
+    rectifiers,
+    stabilizer,
 )
 from tdhook_like.errors import RuleError
 from tdhook_like.targets import Each
@@ -268,7 +273,10 @@ SIGNATURES = {
 def test_constructors_take_the_arguments_that_users_of_the_peers_know(name):
     kind = getattr(lrp, name)
     found = inspect.signature(kind)
-    bare = [p.replace(annotation=inspect.Parameter.empty) for p in found.parameters.values()]
+    # What goes by keyword alone came later: it has a default, and takes no one's place.
+    later = [p for p in found.parameters.values() if p.kind == p.KEYWORD_ONLY]
+    bare = [p.replace(annotation=p.empty) for p in found.parameters.values() if p not in later]
+    assert all(p.default is not p.empty for p in later)
     assert str(inspect.Signature(bare)) == SIGNATURES[name]
     assert name in lrp.__all__
 
@@ -281,7 +289,9 @@ def test_a_rule_prints_as_the_call_that_makes_it(record: Record):
     if record.name == "modified":
         assert " at 0x" not in shown
         return
-    known = {**vars(lrp), "tensor": torch.tensor, "torch": torch}
+    parts = (lrp, masks, picking, pooling, rectifiers, stabilizer)
+    known = {name: value for part in parts for name, value in vars(part).items()}
+    known |= {"tensor": torch.tensor, "torch": torch}
     again = eval(shown, known)
     assert repr(again) == shown and type(again) is type(rule)
 

@@ -27,7 +27,7 @@ from tdhook_like.errors import (
 from tdhook_like.hooks.functional import Functions
 from tdhook_like.hooks.installation import Handler, Installation
 from tdhook_like.hooks.surrogate import Twice
-from tdhook_like.keys import check_writable
+from tdhook_like.keys import as_tuple, check_writable
 from tdhook_like.layout import Run
 from tdhook_like.randomness import ForeignDraws, OwnDraws, moved, restore_rng, rng_state
 from tdhook_like.reading import attributed, declare, private_copy, same_bits
@@ -304,10 +304,25 @@ class Call:
             getattr(method, "internal_batch_size", None),
             overwrites=context.runner.overwrites,
             baselines=baselines,
+            view=self._view(shadow),
         )
         attribution = method.attribute(score, baselines)
         self._check_reached()
         return self._result(attribution, targets, outputs, captured)
+
+    def _view(
+        self, shadow: Shadow | Itself
+    ) -> Callable[[TensorDictBase, Mapping[NestedKey, Tensor]], Any] | None:
+        """A way to outputs at stacked inputs that makes no TensorDict, where nobody would miss one."""
+        context, runner = self._context, self._context.runner
+        if not (isinstance(shadow, Itself) and context.targets_are_fixed and not self._undeclared):
+            return None
+        written = {as_tuple(key) for key in context.out_keys}
+        if not all(as_tuple(key) in written for t in context.targets.values() for key in t.reads):
+            return None
+        if not runner.writes_out_keys:
+            return None
+        return lambda td, leaves: self._attempt(runner.stacked_view, td, leaves)
 
     def _result(
         self, attribution: Attribution, targets: TargetColumns, outputs: Any, captured: Captured

@@ -67,16 +67,40 @@ class Runner:
         model: Any = self.model
         values = [leaves[key] if key in leaves else read(td, key) for key in self._in_keys]
         found = model.module(*values)
+        written = self._by_key(found)
+        if written is None:
+            filled = td.copy()
+            for key, leaf in leaves.items():
+                filled.set(key, leaf)
+            outputs = _written(model, filled, found)
+            written = {key: outputs.get(key) for key in self._out_keys if key != "_"}
+        return View(td, written)
+
+    def stacked_view(
+        self, td: TensorDictBase, leaves: Mapping[NestedKey, Tensor]
+    ) -> View | None:
+        """The outputs of a simple model at several values ``[k, *B, *features]`` of each leaf.
+
+        None where it returns something else than a tensor for each key.
+        """
+        model: Any = self.model
+        k = next(iter(leaves.values())).shape[0]
+        values = []
+        for key in self._in_keys:
+            value = leaves[key] if key in leaves else read(td, key)
+            if key not in leaves and isinstance(value, Tensor):
+                value = value.expand(k, *value.shape)
+            values.append(value)
+        written = self._by_key(model.module(*values))
+        return None if written is None else View(td, written, torch.Size([k, *td.batch_size]))
+
+    def _by_key(self, found: Any) -> dict[NestedKey, Tensor] | None:
         keys = self._out_keys
         if isinstance(found, Tensor) and len(keys) == 1:
-            return View(td, {keys[0]: found})
+            return {keys[0]: found}
         if type(found) is tuple and len(found) == len(keys):
-            return View(td, {k: v for k, v in zip(keys, found, strict=True) if k != "_"})
-        filled = td.copy()
-        for key, leaf in leaves.items():
-            filled.set(key, leaf)
-        outputs = _written(model, filled, found)
-        return View(td, {key: outputs.get(key) for key in keys if key != "_"})
+            return {k: v for k, v in zip(keys, found, strict=True) if k != "_"}
+        return None
 
     @property
     def is_wrapped(self) -> bool:
@@ -118,13 +142,19 @@ class View:
     Args:
         td: What was read.
         written: What was written, by key.
+        batch: Its batch dimensions, where these are not those of ``td``.
     """
 
     __slots__ = ("batch_dims", "batch_size", "td", "written")
 
-    def __init__(self, td: TensorDictBase, written: dict[NestedKey, Tensor]) -> None:
+    def __init__(
+        self,
+        td: TensorDictBase,
+        written: dict[NestedKey, Tensor],
+        batch: torch.Size | None = None,
+    ) -> None:
         self.td, self.written = td, written
-        self.batch_size = td.batch_size
+        self.batch_size = td.batch_size if batch is None else batch
         self.batch_dims = len(self.batch_size)
 
     def keys(self, include_nested: bool = False, leaves_only: bool = False) -> list[NestedKey]:

@@ -20,7 +20,7 @@ from tdhook_like.errors import TargetError
 from tdhook_like.hooks.installation import Handler
 from tdhook_like.hooks.structure import leaves, mapped
 from tdhook_like.hooks.surrogate import Twice, unwrapped
-from tdhook_like.layout import LAYOUTS, Layout, Run, verified
+from tdhook_like.layout import LAYOUTS, Layout, Run, leading, verified
 from tdhook_like.runner import View
 from tdhook_like.targets import Pick, Reference, Target, columns
 
@@ -178,6 +178,7 @@ class Score:
         rows: The most rows of one stacked evaluation; chosen by the inputs' size if None.
         overwrites: Whether the model writes into its inputs, so that it has to be given copies.
         baselines: What inputs are explained against; zeros if None.
+        view: A shorter way to the outputs at stacked inputs, if the model has one.
     """
 
     def __init__(
@@ -192,7 +193,9 @@ class Score:
         rows: int | None = None,
         overwrites: bool = False,
         baselines: tuple[Tensor, ...] | None = None,
+        view: Callable[[TensorDictBase, Mapping[NestedKey, Tensor]], View | None] | None = None,
     ) -> None:
+        self._view = view
         self._run, self._rules = run, rules
         self._template, self._keys = template, tuple(keys)
         self._targets, self._layouts = targets, layouts
@@ -270,7 +273,11 @@ class Score:
     def _evaluate(self, layout: Layout, points: Sequence[Tensor]) -> list[Tensor]:
         if self._overwrites:
             points = [point.clone() for point in points]
-        outputs = layout(self._run, self._template, self._keys, points)
+        outputs: TensorDictBase | View | None = None
+        if self._view is not None and layout is leading:
+            outputs = self._view(self._template, dict(zip(self._keys, points, strict=True)))
+        if outputs is None:
+            outputs = layout(self._run, self._template, self._keys, points)
         scores = self._targets(outputs, outputs.batch_dims)
         own = outputs.batch_dims - len(self.batch) - 1
         return [members_last(joined(scores), own)] if own > 0 else scores

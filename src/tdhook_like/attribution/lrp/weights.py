@@ -268,19 +268,19 @@ class ZBoxRule(WeightRule):
         if not isinstance(bound, Tensor):
             return bound
         try:
-            if not isinstance(module, _ConvNd):
-                return bound.to(x).expand(x.shape)
-            if bound.dim() == 1:
-                bound = bound.reshape(-1, *(1 for _ in module.kernel_size))
-            return bound.to(x).expand(x.shape)
+            if isinstance(module, _ConvNd) and bound.dim() == 1:
+                fitting = bound.reshape(-1, *(1 for _ in module.kernel_size))
+            else:
+                fitting = bound
+            return fitting.to(x).expand(x.shape)
         except RuntimeError:
             per = (
                 f", one per channel ([{module.in_channels}])" if isinstance(module, _ConvNd) else ""
             )
             raise RuleError(
-                f"{type(self).__name__} on {type(module).__name__}: a bound of shape "
-                f"{tuple(bound.shape)} does not broadcast to an input of shape {tuple(x.shape)}. Give "
-                f"a number{per} or a tensor of the shape of one sample."
+                f"{type(self).__name__} on {type(module).__name__}: the bounds do not broadcast to an "
+                f"input of shape {tuple(x.shape)}, one has shape {tuple(bound.shape)}. Give a number"
+                f"{per} or a tensor of the shape of one sample."
             ) from None
 
 
