@@ -36,6 +36,7 @@ from tdhook_like import (
     Taken,
     TargetError,
 )
+from tdhook_like.attribution.lrp import Rule
 
 METHODS = {
     "saliency": lambda target: Saliency(target, abs=False),
@@ -388,3 +389,42 @@ def test_a_target_is_bound_anew_for_another_batch_over_the_same_tensors():
         hooked(TensorDict({"x": x}, [4, 3]))
         with pytest.raises(TargetError, match="ambiguous"):
             hooked(TensorDict({"x": x}, [4]))
+
+
+def test_several_targets_share_one_forward_and_one_batched_backward_while_they_are_small(
+    monkeypatch,
+):
+    calls = []
+    plain = torch.autograd.grad
+
+    def counted(*args, **kwargs):
+        calls.append(kwargs.get("is_grads_batched", False))
+        return plain(*args, **kwargs)
+
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 6))
+    td, seen = TensorDict({"observation": torch.randn(3, 4)}, [3]), []
+    watch = net.register_forward_hook(lambda *_: seen.append(1))
+    with LRP(target=Each("q")).prepare(net, ["observation"], ["q"]) as hooked:
+        hooked(td.clone())
+        seen.clear()
+        monkeypatch.setattr(torch.autograd, "grad", counted)
+        found = hooked(td.clone())["attr", "observation"]
+    watch.remove()
+    monkeypatch.undo()
+    assert (len(seen), calls) == (1, [True])
+    for i in range(6):
+        with LRP(target=("q", i)).prepare(net, ["observation"], ["q"]) as hooked:
+            one = hooked(td.clone())["attr", "observation"]
+        torch.testing.assert_close(found[:, i], one)
+
+
+def test_a_rule_that_cannot_be_batched_is_asked_for_one_target_at_a_time():
+    class Halve(Rule):
+        def relevance(self, module, inputs, output, R_out):
+            return inputs[0] * (R_out @ module.weight) / 2
+
+    net, td = nn.Linear(4, 6), TensorDict({"observation": torch.randn(3, 4)}, [3])
+    with LRP(lambda name, m: Halve(), Each("q")).prepare(net, ["observation"], ["q"]) as hooked:
+        found = hooked(td)["attr", "observation"]
+    expected = td["observation"][:, None] * td["q"][..., None] * net.weight / 2
+    torch.testing.assert_close(found, expected.detach())

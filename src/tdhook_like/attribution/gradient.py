@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tdhook_like.attribution.lrp.ledger import Ledger, Recorder
-from tdhook_like.attribution.lrp.mappers import EpsilonPlus
+from tdhook_like.attribution.lrp.policies import PolicyMapper
 from tdhook_like.attribution.lrp.rule import RuleMapper
 from tdhook_like.attribution.method import Attribution, GradientMethod, Targets
 from tdhook_like.errors import RuleError, listed
@@ -82,7 +82,7 @@ class LRP(GradientMethod):
     Source: Bach et al. 2015; how rules become gradients is told in ``hooks/surrogate.py``.
 
     Args:
-        rule_mapper: ``(name, module) -> Rule | None``; :class:`EpsilonPlus` if None.
+        rule_mapper: ``(name, module) -> Rule | None``; :class:`PolicyMapper` if None.
         target: What is explained; see :class:`Method`, also for the keyword arguments.
         start: The relevance that is propagated: ``"value"`` for the target's value, ``"one"``, or a
             tensor that broadcasts to the scores ``[*B, n_targets]``. Or a dict of these by the names
@@ -95,7 +95,7 @@ class LRP(GradientMethod):
 
     >>> from tensordict import TensorDict
     >>> net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
-    >>> with LRP(EpsilonPlus(), target="y").prepare(net, in_keys=["x"], out_keys=["y"]) as hooked:
+    >>> with LRP(target="y").prepare(net, in_keys=["x"], out_keys=["y"]) as hooked:
     ...     td = hooked(TensorDict({"x": torch.randn(4, 2)}, [4]))
     >>> td["attr", "x"].shape
     torch.Size([4, 2])
@@ -114,7 +114,7 @@ class LRP(GradientMethod):
         ledger: bool | float = False,
         **options: Any,
     ) -> None:
-        mapper = EpsilonPlus() if rule_mapper is None else rule_mapper
+        mapper = PolicyMapper() if rule_mapper is None else rule_mapper
         if not callable(mapper):
             raise RuleError(f"LRP: rule_mapper must be callable (name, module), got {mapper!r}.")
         if isinstance(start, Mapping):
