@@ -7,13 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Case:
-    """One row: a method on a model, and the ratio to the floor that it is to stay under."""
+    """One row: a method on a model, and the ratio to the floor that it is to stay under.
+
+    ``faster`` names a peer and how many times as fast as that peer the method is to be.
+    """
 
     method: str
     model: str
     batch: int
     limit: float
     targets: int = 1
+    faster: tuple[str, float] | None = None
 
     def __str__(self) -> str:
         suffix = f" × {self.targets} targets" if self.targets > 1 else ""
@@ -39,11 +43,23 @@ CASES = (
         if targets <= most
     ),
     Case("ig_each", "mlp", 256, 1.0, 16),
-    *(Case("lrp", "mlp", batch, 1.5) for batch in (1, 256, 4096)),
-    *(Case("lrp", model, batch, 1.15) for model, batch in (("nature", 32), ("vgg", 4))),
-    Case("lrp", "resnet", 4, 1.15),
-    *(Case("epsilon_plus", model, 4, 1.15) for model in ("vgg", "resnet")),
-    Case("epsilon_plus", "nature", 32, 1.15),
+    Case("lrp", "mlp", 1, 1.5, faster=("zennit", 4.0)),
+    Case("lrp", "mlp", 256, 1.5, faster=("zennit", 2.3)),
+    Case("lrp", "mlp", 4096, 1.5),
+    *(
+        Case(method, model, batch, limit, faster=("zennit", times))
+        for method, limit, times in (
+            ("lrp", 1.15, 1.8),
+            ("epsilon_plus", 1.15, 2.0),
+            ("alpha2beta1", float("inf"), 3.0),
+            ("gamma", float("inf"), 4.0),
+        )
+        for model, batch in (("nature", 32), ("vgg", 4), ("resnet", 4))
+        if model != "resnet" or method in ("lrp", "epsilon_plus")
+    ),
+    # An unmodified transformer; the floor is its plain gradient.
+    Case("attn_lrp", "gpt2", 4, 1.0),
+    Case("cp_lrp", "gpt2", 4, 1.0),
     # 500 modules: preparing, entering and leaving; then one call within the context.
     Case("enter", "chain", 1, 2.0),
     Case("call", "chain", 1, 2.0),
@@ -52,6 +68,3 @@ CASES = (
 )
 
 METHODS = tuple(dict.fromkeys(case.method for case in CASES))
-
-# A method that is to be this many times as fast as a peer.
-FASTER_THAN = {"epsilon_plus": ("zennit", 2.0)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -88,6 +89,28 @@ def resnet(outputs: int) -> nn.Module:
     return nn.Sequential(*layers)
 
 
+class LastToken(nn.Module):
+    """A language model's logits at the last position, from embedded tokens."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, T, features] to [B, vocabulary]."""
+        return self.model(inputs_embeds=x).logits[:, -1]
+
+
+def gpt2(outputs: int) -> nn.Module:
+    """A small GPT-2 of Hugging Face's, as it is: four blocks, random weights."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        n_embd=256, n_layer=4, n_head=4, n_positions=64, vocab_size=outputs, use_cache=False
+    )
+    return LastToken(GPT2LMHeadModel(config))
+
+
 def chain(outputs: int) -> nn.Module:
     """Five hundred modules that compute nothing: what is left is the cost of reaching them."""
     del outputs
@@ -99,9 +122,16 @@ _MODELS: dict[str, tuple[Callable[[int], nn.Module], tuple[int, ...]]] = {
     "nature": (nature, (4, 84, 84)),
     "vgg": (vgg, (3, 64, 64)),
     "resnet": (resnet, (3, 64, 64)),
+    "gpt2": (gpt2, (64, 256)),
     "chain": (chain, (16,)),
 }
+NEEDS = {"gpt2": "transformers"}
 MODELS = tuple(_MODELS)
+
+
+def available(name: str) -> bool:
+    """Tell whether what a model needs is installed."""
+    return importlib.util.find_spec(NEEDS[name]) is not None
 
 
 def build(name: str, batch: int, outputs: int) -> tuple[nn.Module, Tensor]:

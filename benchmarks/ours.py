@@ -13,16 +13,24 @@ from torch import Tensor, nn
 
 from floors import STEPS
 from tdhook_like import LRP, InputXGradient, IntegratedGradients, Saliency
-from tdhook_like.attribution.lrp import EpsilonPlus, EpsilonRule, Rule
+from tdhook_like.attribution.lrp import (
+    CPLRP,
+    AlphaBetaRule,
+    AttnLRP,
+    EpsilonPlus,
+    EpsilonRule,
+    GammaRule,
+    Rule,
+    RuleMapper,
+)
 from tdhook_like.targets import Each
 from timing import Contestant
 
 FIRST = ("logits", 0)
 
 
-def _affine_epsilon(name: str, module: nn.Module) -> Rule | None:
-    del name
-    return EpsilonRule() if isinstance(module, nn.Linear | nn.Conv2d) else None
+def _on_layers(rule: Rule) -> RuleMapper:
+    return lambda name, module: rule if isinstance(module, nn.Linear | nn.Conv2d) else None
 
 
 class Watch(Rule):
@@ -45,8 +53,12 @@ _METHODS: dict[str, Callable[[int], Any]] = {
         {f"action {index}": ("logits", index) for index in range(targets)}, n_steps=STEPS
     ),
     "ig_each": lambda targets: IntegratedGradients(Each("logits"), n_steps=STEPS),
-    "lrp": lambda targets: LRP(_affine_epsilon, target=FIRST),
+    "lrp": lambda targets: LRP(_on_layers(EpsilonRule()), target=FIRST),
     "epsilon_plus": lambda targets: LRP(EpsilonPlus(), target=FIRST),
+    "alpha2beta1": lambda targets: LRP(_on_layers(AlphaBetaRule()), target=FIRST),
+    "gamma": lambda targets: LRP(_on_layers(GammaRule()), target=FIRST),
+    "attn_lrp": lambda targets: LRP(AttnLRP(), target=FIRST),
+    "cp_lrp": lambda targets: LRP(CPLRP(), target=FIRST),
     "enter": lambda targets: LRP(_on_every_link, target=FIRST),
     "call": lambda targets: LRP(_on_every_link, target=FIRST),
     "plain": lambda targets: Saliency(FIRST),

@@ -90,12 +90,14 @@ def zennit(
     del targets
     from zennit.attribution import Gradient
     from zennit.composites import EpsilonPlus, LayerMapComposite
-    from zennit.rules import Epsilon, Pass
+    from zennit.rules import AlphaBeta, Epsilon, Gamma, Pass
 
     net = copy.deepcopy(net)
     composite = {
         "saliency": None,
         "lrp": LayerMapComposite([((nn.Linear, nn.Conv2d), Epsilon())]),
+        "alpha2beta1": LayerMapComposite([((nn.Linear, nn.Conv2d), AlphaBeta())]),
+        "gamma": LayerMapComposite([((nn.Linear, nn.Conv2d), Gamma())]),
         "epsilon_plus": EpsilonPlus(),
         "enter": LayerMapComposite([((nn.Identity,), Pass())]),
     }.get(method, method)

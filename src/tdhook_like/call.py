@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from math import isfinite
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from tdhook_like.attribution.lrp.flow import Flow
 from tdhook_like.attribution.lrp.ledger import Recorder
+from tdhook_like.attribution.cuts import at_submodules
 from tdhook_like.attribution.method import Attribution, GradientMethod, PathMethod, by_member
 from tdhook_like.baselines import resolve
 from tdhook_like.errors import (
@@ -29,6 +31,7 @@ from tdhook_like.hooks.installation import Handler, Installation
 from tdhook_like.hooks.surrogate import Twice
 from tdhook_like.keys import as_tuple, check_writable
 from tdhook_like.layout import Run
+from tdhook_like.ports import Ports, with_ports
 from tdhook_like.randomness import ForeignDraws, OwnDraws, moved, restore_rng, rng_state
 from tdhook_like.reading import attributed, declare, private_copy, same_bits
 from tdhook_like.runner import Undo, direct
@@ -234,7 +237,11 @@ class Call:
         captured.open = False
         self._declared(outputs)
         targets = self._bound(outputs if reference is None else reference)
-        scores = targets(outputs, outputs.batch_dims)
+        seen: Any = outputs
+        if context.units:
+            dims = outputs.batch_dims
+            seen = with_ports(outputs, {p: captured.arranged(p, dims) for p in context.units})
+        scores = targets(seen, outputs.batch_dims)
         for part in scores:
             self._check_scores(part)
         # An ensemble gives a batch of its own, members first: each member is a target apart.
@@ -293,9 +300,10 @@ class Call:
         keys, inputs = tuple(self._inputs), tuple(x.detach() for x in self._inputs.values())
         with OwnDraws(self._state):  # a buffer is sampled from
             baselines = resolve(getattr(method, "baselines", None), template, keys, inputs)
+        ports, tried = Ports(context.ports), lambda td: self._attempt(run, td)
         score = Score(
-            lambda td: self._attempt(run, td),
-            lambda: self._ruled(None, shadow.of),
+            ports.around(tried) if ports.modules else tried,
+            lambda functions=None: self._ruled(None, shadow.of, functions, ports),
             template,
             keys,
             inputs,
@@ -306,8 +314,14 @@ class Call:
             baselines=baselines,
             view=self._view(shadow),
         )
-        attribution = method.attribute(score, baselines)
+        attribution = method.attribute(score, baselines) if keys else Attribution([])
+        if context.at is not None and not method.own_at:
+            at_submodules(method, score, context, attribution)
         self._check_reached()
+        new = [name for name in attribution.unhandled if name not in context.unhandled]
+        context.unhandled = context.unhandled | Counter(attribution.unhandled)
+        if new and method.unhandled != "ignore":
+            report(method, new)
         return self._result(attribution, targets, outputs, captured)
 
     def _view(
@@ -316,6 +330,8 @@ class Call:
         """A way to outputs at stacked inputs that makes no TensorDict, where nobody would miss one."""
         context, runner = self._context, self._context.runner
         if not (isinstance(shadow, Itself) and context.targets_are_fixed and not self._undeclared):
+            return None
+        if context.ports:
             return None
         written = {as_tuple(key) for key in context.out_keys}
         if not all(as_tuple(key) in written for t in context.targets.values() for key in t.reads):
@@ -342,7 +358,7 @@ class Call:
         dims = outputs.batch_dims
         for selection in (context.at, context.activations):
             for path in selection.named if selection else ():
-                if path not in captured.outputs:
+                if path not in captured.outputs and not attribution.modules.get(path):
                     raise PathError(
                         f"The submodule {path!r} was never called, so there is nothing to write of it: "
                         "the forward skips it, or uses its weights directly."
@@ -399,9 +415,20 @@ class Call:
         return columns
 
     def _ruled(
-        self, captured: Captured | None, of: Callable[[nn.Module], nn.Module]
+        self,
+        captured: Captured | None,
+        of: Callable[[nn.Module], nn.Module],
+        functions: Functions | None = None,
+        ports: Ports | None = None,
     ) -> AbstractContextManager[object]:
-        """Rules (and captures, where asked for) on, for this thread and the length of a block."""
+        """Rules (and captures, where asked for) on, for this thread and the length of a block.
+
+        Args:
+            captured: Where what flows out of chosen submodules is kept.
+            of: From a module to the one that runs in its place.
+            functions: A mode that a method without rules brings.
+            ports: The submodules whose outputs are read or set.
+        """
         context, flow, plan = self._context, self._flow, self._context.plan
         after: dict[int, tuple[nn.Module, Handler]] = {}
         before, closed = {}, []
@@ -414,10 +441,15 @@ class Call:
                 module = of(original)
                 rule = after.get(id(module), (module, None))[1]
                 after[id(module)] = (module, captured.handler(path, rule))
-        if not after and not before and flow.mode is None:
-            return nullcontext()
+        for path, original in ports.modules.items() if ports is not None else ():
+            module = of(original)
+            rule = after.get(id(module), (module, None))[1]
+            after[id(module)] = (module, ports.handler(path, rule))
+        mode = functions or flow.mode
+        if not after and not before and mode is None:
+            return self._twice or nullcontext()
         return Installation(
-            after.values(), before.values(), flow.mode, closed, self._twice
+            after.values(), before.values(), mode, closed, self._twice, context.scratch
         )
 
     def _check_destination(self, td: TensorDictBase, keys: Iterable[NestedKey]) -> None:

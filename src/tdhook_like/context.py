@@ -20,7 +20,9 @@ from tdhook_like.baselines import check as check_baselines
 from tdhook_like.call import Call
 from tdhook_like.defaults import default_target, recurrent_modules
 from tdhook_like.errors import ContextError, KeyNotFoundError, ModelError, TargetError, listed
+from tdhook_like.hooks.scratch import Scratch
 from tdhook_like.keys import as_tuple, check_known, key_list, shortest
+from tdhook_like.ports import is_port
 from tdhook_like.paths import Selection, select, unwrapped, walk
 from tdhook_like.runner import Runner
 from tdhook_like.score import TargetColumns
@@ -87,6 +89,13 @@ class HookContext:
         self.captures: dict[str, nn.Module] = {}
         for selection in (self.at, self.activations):
             self.captures.update(selection.modules if selection else {})
+        #: The submodules that targets read, by path.
+        self.units = self._units()
+        self.captures.update(self.units)
+        #: Those whose outputs further evaluations read or set.
+        self.ports = self.units if method.single_pass else {**self.units, **self._at_modules()}
+        #: How evaluations at changed outputs of a submodule are stacked, by its path.
+        self.layouts_at: dict[str, dict[int, str]] = {}
         self._plan = self._planned()
         parts = [module for _, module, first in self._walked if first]
         around = [] if self.tree is self.model else [self.model]
@@ -108,9 +117,12 @@ class HookContext:
         self.unhandled: Counter[str] = Counter()
         #: Where relevance went in the latest call, if that is asked for.
         self.ledger: Ledger | None = None
+        #: Memory that the calls' temporaries are borrowed from while the context is open.
+        self.scratch = Scratch()
         self._open: HookedModule | None = None
         self._check_roots()
-        check_baselines(getattr(method, "baselines", None), self.keys or tuple(self.in_keys))
+        known = (*self._explained_keys(), *self._at_modules())
+        check_baselines(getattr(method, "baselines", None), known)
 
     def __enter__(self) -> HookedModule:
         if self._open is not None:
@@ -130,8 +142,10 @@ class HookContext:
             self._open._close()
         self._open = None
         self.layouts.clear()
+        self.layouts_at.clear()
         self.one_run.clear()
         self.bound.clear()
+        self.scratch.clear()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Always raises: what can be called is what entering the context gives."""
@@ -143,7 +157,7 @@ class HookContext:
 
     def __str__(self) -> str:
         method = self.method
-        keys = self.keys or tuple(self.in_keys)
+        keys = self._explained_keys()
         lines = [f"{type(method).__name__} of {type(self.model).__name__}"]
         for name, target in self.targets.items():
             lines.append(f"  target       {f'{name} = ' if name else ''}{target!r}")
@@ -163,7 +177,7 @@ class HookContext:
         """The keys that results go to, as far as they are known without data."""
         method = self.method
         named = [(method.root, name) if name else (method.root,) for name in self.targets]
-        keys = self.keys or tuple(self.in_keys)
+        keys = self._explained_keys()
         found: list[NestedKey] = [
             shortest((*root, *as_tuple(key))) for root in named for key in keys
         ]
@@ -206,7 +220,7 @@ class HookContext:
         asked = self.method.keys if subset is None else subset
         if asked is None:
             return None
-        if not asked:
+        if not asked and not self.method.at:
             raise KeyNotFoundError("No keys are left to attribute: name at least one.")
         check_known(asked, self.in_keys, "in_keys of the model")
         return tuple(shortest(as_tuple(key)) for key in asked)
@@ -220,12 +234,27 @@ class HookContext:
         prefixes = {key[:n] for key in known for n in range(1, len(key) + 1)}
         for target in targets.values():
             for key in target.reads:
-                if self.out_keys and as_tuple(key) not in prefixes:
+                if self.out_keys and not is_port(key) and as_tuple(key) not in prefixes:
                     raise TargetError(
                         f"{target!r}: the model does not write {key!r}. It writes "
                         f"{listed(self.out_keys)}."
                     )
         return targets
+
+    def _explained_keys(self) -> tuple[NestedKey, ...]:
+        return tuple(self.in_keys) if self.keys is None else self.keys
+
+    def _at_modules(self) -> dict[str, nn.Module]:
+        return dict(self.at.modules) if self.at is not None else {}
+
+    def _units(self) -> dict[str, nn.Module]:
+        paths = {
+            as_tuple(key)[2]: None
+            for target in self.targets.values()
+            for key in target.reads
+            if is_port(key)
+        }
+        return {path: select(self.tree, [path]).modules[path] for path in paths}
 
     def _check_roots(self) -> None:
         method = self.method

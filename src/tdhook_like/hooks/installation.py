@@ -23,6 +23,7 @@ from torch.nn.modules.module import (
 )
 
 from tdhook_like.hooks.functional import Functions
+from tdhook_like.hooks.scratch import Scratch
 from tdhook_like.hooks.surrogate import Twice
 
 __all__ = ["Handler", "Installation"]
@@ -45,6 +46,7 @@ class Installation:
         functions: A mode for operations without a module, to be active meanwhile.
         closed: Modules that answer for everything inside them: the mode is off there.
         twice: What lets relevance be differentiated again, where that is asked for.
+        scratch: Where temporaries are borrowed from.
 
     >>> net = nn.Linear(2, 2)
     >>> def to_zero(module, args, kwargs, output):
@@ -63,6 +65,7 @@ class Installation:
         functions: Functions | None = None,
         closed: Iterable[nn.Module] = (),
         twice: Twice | None = None,
+        scratch: Scratch | None = None,
     ) -> None:
         # The pairs are kept, and so are the modules alive and their identities valid.
         self._after = {id(pair[0]): pair for pair in after}
@@ -70,6 +73,9 @@ class Installation:
         self._functions, self._entered = functions, False
         self._closed = {id(module): module for module in closed} if functions is not None else {}
         self._twice = twice
+        # What is differentiated again must not be overwritten by the next call.
+        self._loan = Scratch.none() if scratch is None or twice is not None else scratch.loan()
+        self._lent = False
         self._handles: list[Any] = []
 
     def __enter__(self) -> Installation:
@@ -97,6 +103,8 @@ class Installation:
                 functions.inside -= 1
 
         try:
+            self._loan.__enter__()
+            self._lent = True
             if self._twice is not None:
                 self._twice.__enter__()
             if functions is not None:
@@ -132,6 +140,9 @@ class Installation:
             self._functions.close()
         if self._twice is not None:
             self._twice.__exit__()
+        if self._lent:
+            self._lent = False
+            self._loan.__exit__()
 
 
 def _mine(owner: int) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
 __all__ = [
     "Twice",
@@ -109,7 +110,29 @@ def has_graph(t: Tensor) -> bool:
     >>> has_graph(torch.ones(1)), has_graph(torch.ones(1, requires_grad=True))
     (False, True)
     """
-    return t.requires_grad or unwrapped(t)[0].requires_grad
+    if t.requires_grad:
+        return True
+    if torch.compiler.is_compiling():
+        return _traced_graph(t)
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):  # pyright: ignore[reportAttributeAccessIssue]
+        # vmap inside of vjp: no level but that of vjp knows.
+        t = torch._C._functorch.get_unwrapped(t)  # pyright: ignore[reportAttributeAccessIssue]
+        if t.requires_grad:
+            return True
+    return False
+
+
+def _traced_graph(t: Tensor) -> bool:
+    """The same where torch compiles, of whose look inside tensors only this much can be traced."""
+    if not torch._C._functorch.is_batchedtensor(t):  # pyright: ignore[reportAttributeAccessIssue]
+        return False
+    level = retrieve_current_functorch_interpreter().level()
+    while level > 0 and torch._C._functorch.is_batchedtensor(t):  # pyright: ignore[reportAttributeAccessIssue]
+        t, _ = torch._C._functorch._unwrap_batched(t, level)  # pyright: ignore[reportAttributeAccessIssue]
+        if t.requires_grad:
+            return True
+        level -= 1
+    return False
 
 
 def constant(t: Tensor) -> Tensor:
@@ -178,8 +201,9 @@ def nonzero(t: Tensor) -> Tensor:
     tensor([True, True])
     """
     t = constant(t)
-    least = tiny(t.dtype)
-    return torch.where(t.abs() < least, least, t)
+    # Sizes and signs apart: comparing and choosing takes torch several times as long. Adding zero
+    # makes a positive zero of a negative one.
+    return torch.copysign(t.abs().clamp(min=tiny(t.dtype)), t + 0.0)
 
 
 def stabilised(z: Tensor, epsilon: float) -> Tensor:
@@ -191,7 +215,7 @@ def stabilised(z: Tensor, epsilon: float) -> Tensor:
     z = constant(z)
     if z.dtype == torch.float16:
         epsilon = max(epsilon, 1e-3)  # what a zero is divided by must leave room up to 65504
-    return torch.where(z < 0, z - epsilon, z + epsilon)
+    return torch.copysign(z.abs() + epsilon, z + 0.0)
 
 
 def ratio(y: Tensor, z: Tensor, epsilon: float) -> Tensor:

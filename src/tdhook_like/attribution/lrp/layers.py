@@ -140,4 +140,5 @@ def known_nonnegative(x: Tensor) -> bool:
         return False
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
-    return bool((x.detach() >= 0).all())
+    # Its least entry, not a comparison of all: several times as fast. NaN is not known to be.
+    return not x.numel() or x.detach().min().item() >= 0

@@ -18,7 +18,8 @@ from tdhook_like.attribution.lrp.rule import Inputs
 from tdhook_like.attribution.lrp.rules import single_input
 from tdhook_like.attribution.lrp.stabilizer import Stabilizing, ratio_by
 from tdhook_like.errors import RuleError
-from tdhook_like.hooks.surrogate import unit
+from tdhook_like.hooks.scratch import borrowed
+from tdhook_like.hooks.surrogate import constant, unit
 
 __all__ = [
     "AlphaBetaRule",
@@ -119,18 +120,12 @@ class AlphaBetaRule(WeightRule):
         self.alpha, self.beta = float(alpha), float(beta)
 
     def share(self, run: LayerRun, x: Tensor, y: Tensor) -> Tensor:
-        above = known_nonnegative(x)
-        up, down = (x, None) if above else (x.clamp(min=0), x.clamp(max=0))
-        p = run(up, _positive, _positive)
-        if down is not None:
-            p = p + run(down, _negative, None)
-        surrogate = run.scaled(p, y) if self.alpha == 1 else self.alpha * run.scaled(p, y)
+        up, down = _by_sign(x)
+        p = _contributions(run, up, down, _positive, _negative)
         if self.beta == 0:
-            return surrogate
-        n = run(up, _negative, _negative)
-        if down is not None:
-            n = n + run(down, _positive, None)
-        return surrogate - self.beta * run.scaled(n, y)
+            return run.scaled(p, y)
+        n = _contributions(run, up, down, _negative, _positive)
+        return p * (self.alpha * run.ratio(y, p)) - n * (self.beta * run.ratio(y, n))
 
 
 class ZPlusRule(AlphaBetaRule):
@@ -194,18 +189,16 @@ class GammaRule(WeightRule):
         self.gamma = float(gamma)
 
     def share(self, run: LayerRun, x: Tensor, y: Tensor) -> Tensor:
-        def more(part: Change) -> Change:
-            return lambda w: w + self.gamma * part(w)
-
-        above = known_nonnegative(x)
-        up, down = (x, None) if above else (x.clamp(min=0), x.clamp(max=0))
-        p, n = run(up, more(_positive), more(_positive)), run(up, more(_negative), more(_negative))
-        if down is not None:
-            p, n = p + run(down, more(_negative), None), n + run(down, more(_positive), None)
-        sign = y.detach()
+        # With the positive contributions q and all of them z, the negative ones are z - q. So
+        # p = z + γq and n = z + γ(z - q), where nothing cancels: z > 0 in the one, z < 0 in the other.
+        z = run(x, _same, _same) if self.zero_params else y
+        q = _contributions(run, *_by_sign(x), _positive, _negative)
+        all_of, positive = constant(z), constant(q)
+        p, n = all_of + self.gamma * positive, all_of + self.gamma * (all_of - positive)
+        sign = constant(y)
         wins = torch.where(sign > 0, run.ratio(y, p), 0.0)
         loses = torch.where(sign < 0, run.ratio(y, n), 0.0)
-        return p * wins + n * loses
+        return z * (wins + (1 + self.gamma) * loses) + q * (self.gamma * (wins - loses))
 
 
 class ZBoxRule(WeightRule):
@@ -349,12 +342,27 @@ class FlatRule(WeightRule):
         return run.scaled(run(unit(x), torch.ones_like, None), y)
 
 
+def _by_sign(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Positive and negative part; None for the latter where it is known to be nothing."""
+    return (x, None) if known_nonnegative(x) else (x.clamp(min=0), x.clamp(max=0))
+
+
+def _contributions(
+    run: LayerRun, up: Tensor, down: Tensor | None, of_up: Change, of_down: Change
+) -> Tensor:
+    """Contributions of one sign: of the positive inputs and bias, and of the negative inputs."""
+    found = run(up, of_up, of_up)
+    return found if down is None else found + run(down, of_down, None)
+
+
 def _positive(t: Tensor) -> Tensor:
-    return t.clamp(min=0)
+    place = None if t.requires_grad else borrowed(t)
+    return t.clamp(min=0) if place is None else torch.clamp(t, min=0, out=place)
 
 
 def _negative(t: Tensor) -> Tensor:
-    return t.clamp(max=0)
+    place = None if t.requires_grad else borrowed(t)
+    return t.clamp(max=0) if place is None else torch.clamp(t, max=0, out=place)
 
 
 def _same(t: Tensor) -> Tensor:
