@@ -19,8 +19,22 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import weight_norm
 
+from deviation_models import (
+    Across,
+    Container,
+    Fused,
+    Gated,
+    Inner,
+    Masked,
+    Normed,
+    OfTwo,
+    Residual,
+    Twice,
+    Weighed,
+    linear,
+    normed_weight,
+)
 from tdhook_like import LRP, IntegratedGradients, Saliency
 from tdhook_like.attribution.lrp import (
     AHQKVRule,
@@ -45,7 +59,7 @@ class Case:
     Attributes:
         claim: What is compared.
         build: Makes the model, with weights that one can compute with.
-        x: Its input, ``[1, n]``.
+        x: Its input, one sample.
         formula: What the source gives for it, worked out by hand.
         ours: Relevance, from model and input.
         peers: Likewise, by the peer's name.
@@ -53,117 +67,10 @@ class Case:
 
     claim: str
     build: Callable[[], nn.Module]
-    x: list[float] | list[list[float]]
+    x: Any
     formula: str
     ours: Give
     peers: dict[str, Give] = field(default_factory=dict)
-
-
-# --- models ---------------------------------------------------------------------------------------
-
-
-def linear(weight: list[list[float]], bias: list[float] | None = None) -> nn.Linear:
-    """A dense layer with these numbers."""
-    layer = nn.Linear(len(weight[0]), len(weight), bias=bias is not None)
-    layer.weight.data = torch.tensor(weight)
-    if bias is not None:
-        layer.bias.data = torch.tensor(bias)
-    return layer
-
-
-class Residual(nn.Module):
-    """Three blocks ``x + f(x)``, f a layer that gives its input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(linear([[1.0]]) for _ in range(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = x + block(x)
-        return x
-
-
-class Gated(nn.Module):
-    """A product of two layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.value, self.gate = linear([[2.0]]), linear([[3.0]])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.value(x) * self.gate(x)
-
-
-class Twice(nn.Module):
-    """One layer that is called twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = linear([[2.0, 0.0], [1.0, 1.0]])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(self.layer(x))[:, 1:]
-
-
-class Weighed(nn.Module):
-    """``3a + b``, a module of two inputs."""
-
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return 3 * a + b
-
-
-class OfTwo(nn.Module):
-    """What :class:`Weighed` makes of the two numbers of the input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weighed = Weighed()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.weighed(x[:, :1], x[:, 1:])
-
-
-class Across(nn.Module):
-    """A softmax over rows instead of columns, of which one entry is read."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.softmax = nn.Softmax(dim=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.softmax(x)[:, 0, :1]
-
-
-class Fused(nn.Module):
-    """Queries, keys and values of one number each; their sum."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv = linear([[1.0], [2.0], [3.0]])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.qkv(x).sum(-1, keepdim=True)
-
-
-class Normed(nn.Module):
-    """A layer norm of which one number is read."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(3, eps=0.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x)[:, :1]
-
-
-def normed_weight() -> nn.Module:
-    """``v/|v| · g`` with a squared weight of (1, 4), of a direction that has another length."""
-    layer = linear([[1.0, 2.0]])
-    found = weight_norm(layer)
-    parts: Any = found.parametrizations.weight
-    parts.original1.data *= 10.0
-    return found
 
 
 # --- this library ---------------------------------------------------------------------------------
@@ -191,7 +98,7 @@ def written(method: Any, net: nn.Module, x: Tensor) -> Tensor:
 
 
 def captum(make: Callable[[Any], Any], *others: type[nn.Module]) -> Give:
-    """captum's LRP with one rule on dense layers, and its identity rule on modules of other types."""
+    """LRP of captum with one rule on dense layers, and its identity rule on modules of other types."""
 
     def give(net: nn.Module, x: Tensor) -> Tensor:
         attr = importlib.import_module("captum.attr")
@@ -207,8 +114,37 @@ def captum(make: Callable[[Any], Any], *others: type[nn.Module]) -> Give:
     return give
 
 
+def captum_at_a_container(net: nn.Module, x: Tensor) -> Tensor:
+    """The epsilon rule of captum on a module that has another one inside, and attribution at it."""
+    rules = importlib.import_module("captum.attr._utils.lrp_rules")
+    inner: Any = net.inner
+    inner.rule = rules.EpsilonRule()
+    return importlib.import_module("captum.attr").LayerLRP(net, inner).attribute(x)
+
+
+def captum_again(net: nn.Module, x: Tensor) -> Tensor:
+    """The gamma rule of captum, given once, in the second of two calls."""
+    rules = importlib.import_module("captum.attr._utils.lrp_rules")
+    model = nn.Sequential(net)
+    held: Any = net
+    held.rule = rules.GammaRule(gamma=1.0)
+    method = importlib.import_module("captum.attr").LRP(model)
+    method.attribute(x)
+    return method.attribute(x)
+
+
+def again(give: Give) -> Give:
+    """What is given the second time."""
+
+    def twice(net: nn.Module, x: Tensor) -> Tensor:
+        give(net, x)
+        return give(net, x)
+
+    return twice
+
+
 def zennit(make: Callable[[Any], Any], kinds: Any = nn.Linear) -> Give:
-    """zennit's rule on modules of some types, relevance carried from the output's value."""
+    """A rule of zennit on modules of some types, relevance carried from the output's value."""
 
     def give(net: nn.Module, x: Tensor) -> Tensor:
         rules = importlib.import_module("zennit.rules")
@@ -222,7 +158,7 @@ def zennit(make: Callable[[Any], Any], kinds: Any = nn.Linear) -> Give:
 
 
 def tdhook(make: Callable[[Any], Any], kinds: Any = nn.Linear) -> Give:
-    """tdhook's rule on modules of some types."""
+    """A rule of tdhook on modules of some types."""
 
     def give(net: nn.Module, x: Tensor) -> Tensor:
         rules = importlib.import_module("tdhook.attribution.lrp_helpers.rules")
@@ -254,18 +190,18 @@ def lxt_epsilon(net: nn.Module, x: Tensor) -> Tensor:
 
 
 def captum_quadrature(net: nn.Module, x: Tensor) -> Tensor:
-    """captum's integrated gradients with the trapezoid, at its default number of steps."""
+    """Integrated gradients of captum with the trapezoid, at the default number of steps."""
     attr = importlib.import_module("captum.attr")
     return attr.IntegratedGradients(net).attribute(x, method="riemann_trapezoid", n_steps=50)
 
 
 def guided_by_captum(net: nn.Module, x: Tensor) -> Tensor:
-    """captum's guided backpropagation."""
+    """Captum and guided backpropagation."""
     return importlib.import_module("captum.attr").GuidedBackprop(net).attribute(x)
 
 
 def guided_by_tdhook(net: nn.Module, x: Tensor) -> Tensor:
-    """tdhook's guided backpropagation."""
+    """Tdhook and guided backpropagation."""
     return by_tdhook(importlib.import_module("tdhook.attribution").GuidedBackpropagation(), net, x)
 
 
@@ -288,6 +224,24 @@ CASES = (
             "zennit": zennit(lambda r: r.Epsilon(1e-6), Weighed),
             "tdhook": tdhook(lambda r: r.EpsilonRule(1e-6), Weighed),
         },
+    ),
+    Case(
+        *("the same, called by keyword", lambda: OfTwo(True), [[1.0, 1.0]], "3, 1"),
+        ours(EpsilonRule(), Weighed),
+        {
+            "zennit": zennit(lambda r: r.Epsilon(1e-6), Weighed),
+            "tdhook": tdhook(lambda r: r.EpsilonRule(1e-6), Weighed),
+        },
+    ),
+    Case(
+        *("epsilon on a container, read at it", Container, [[2.0]], "6"),
+        ours(EpsilonRule(), Inner),
+        {"captum": captum_at_a_container, "tdhook": tdhook(lambda r: r.EpsilonRule(), Inner)},
+    ),
+    Case(
+        *("gamma 1, the second of two calls", lambda: linear([[2.0, -1.0]]), [[1.0, 1.0]]),
+        *("1.333, -0.333", again(ours(GammaRule(1.0)))),
+        {"captum": captum_again, "zennit": again(zennit(lambda r: r.Gamma(1.0)))},
     ),
     Case(
         *("epsilon 0.25 of an output -1", lambda: linear([[-1.0]]), [[1.0]], "-0.8"),
@@ -365,12 +319,12 @@ CASES = (
         {"tdhook": tdhook(lambda r: r.AHQKVRule())},
     ),
     Case(
-        *("softmax along dim 1, first of 1, 2", Across, [[1.0, 5.0], [2.0, 7.0]]),
+        *("softmax along dim 1, first of 1, 2", Across, [[[1.0, 5.0], [2.0, 7.0]]]),
         *("0.197, 0 / -0.393, 0", ours(SoftmaxEpsilonRule(), nn.Softmax)),
         {"tdhook": tdhook(lambda r: r.SoftmaxEpsilonRule(), nn.Softmax)},
     ),
     Case(
-        *("softmax of 1, 2, masked", lambda: Masked(), [[1.0, 2.0, 0.0]]),
+        *("softmax of 1, 2, masked", Masked, [[1.0, 2.0, 0.0]]),
         *("0.197, -0.393, 0", ours(SoftmaxEpsilonRule(), nn.Softmax)),
         {"tdhook": tdhook(lambda r: r.SoftmaxEpsilonRule(), nn.Softmax)},
     ),
@@ -389,30 +343,18 @@ CASES = (
 )
 
 
-class Masked(nn.Module):
-    """A softmax of which the last entry is masked and the first is read."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.softmax = nn.Softmax(dim=-1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.softmax(x + torch.tensor([0.0, 0.0, -torch.inf]))[:, :1]
-
-
 # --- the table ------------------------------------------------------------------------------------
 
 
 def shown(give: Give, case: Case) -> str:
     """What is given in a case, as numbers or as the first words of an error."""
-    x = torch.tensor([case.x]) if isinstance(case.x[0], list) and len(case.x) > 1 else None
-    x = torch.tensor(case.x) if x is None else x
+    x = torch.tensor(case.x)
     try:
         found = give(case.build(), x)
     except Exception as error:  # whatever a peer raises is the result
         return f"{type(error).__name__}: {str(error).splitlines()[0][:70]}"
-    rows = found.detach().reshape(-1, found.shape[-1])
-    return " / ".join(", ".join(f"{v:.3f}".rstrip("0").rstrip(".") for v in row) for row in rows.tolist())
+    rows = found.detach().reshape(-1, found.shape[-1]).tolist()
+    return " / ".join(", ".join(f"{round(v, 3) + 0.0:g}" for v in row) for row in rows)
 
 
 def versions() -> dict[str, str]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
+from torchrl.envs.utils import ExplorationType, exploration_type
 from torchrl.modules import NoisyLinear
 from torchrl.modules.models.utils import SquashDims
 
@@ -69,20 +70,21 @@ def _plain(path: str, layer: nn.Module, weights: Callable[[str], Tensor]) -> nn.
     return twin
 
 
-def noisy_weights(layer: NoisyLinear) -> tuple[Tensor, Tensor]:
-    """Fortunato et al. 2018, eq. 9: ``μ + σ ⊙ ε`` while training, ``μ`` otherwise."""
-    if not layer.training:
+def noisy_weights(layer: Any) -> tuple[Tensor, Tensor]:
+    """Fortunato et al. 2018, eq. 9: ``μ + σ ⊙ ε`` while exploring, ``μ`` otherwise."""
+    if exploration_type() is not ExplorationType.RANDOM:
         return layer.weight_mu, layer.bias_mu
-    made: Any = layer
-    weight = made.weight_mu + made.weight_sigma * made.weight_epsilon
-    return weight, made.bias_mu + made.bias_sigma * made.bias_epsilon
+    weight = layer.weight_mu + layer.weight_sigma * layer.weight_epsilon
+    return weight, layer.bias_mu + layer.bias_sigma * layer.bias_epsilon
 
 
 def by_agent(net: Any) -> list[list[nn.Module]]:
     """The plain layers of each agent of a MultiAgentMLP or MultiAgentConvNet."""
     shared = bool(net.share_params)
     return [
-        plain_layers(net._empty_net, lambda path, i=i: member(net.params, path, None if shared else i))
+        plain_layers(
+            net._empty_net, lambda path, i=i: member(net.params, path, None if shared else i)
+        )
         for i in range(net.n_agents)
     ]
 
@@ -107,7 +109,9 @@ def output(layers: Layers, x: Tensor) -> Tensor:
     return values(layers, x)[-1]
 
 
-def relevance(layers: Layers, x: Tensor, R: Tensor, dense: Reference = EPSILON, conv: Reference = ZPLUS) -> Tensor:
+def relevance(
+    layers: Layers, x: Tensor, R: Tensor, dense: Reference = EPSILON, conv: Reference = ZPLUS
+) -> Tensor:
     """Relevance of a stack's input ``[B, ...]``, given that of its output.
 
     Args:
@@ -141,7 +145,9 @@ def at_entry(y: Tensor, *index: int) -> Tensor:
 # --- heads ----------------------------------------------------------------------------------------
 
 
-def dueling(features: Layers, advantage: Layers, value: Layers, x: Tensor, actions: Tensor) -> Tensor:
+def dueling(
+    features: Layers, advantage: Layers, value: Layers, x: Tensor, actions: Tensor
+) -> Tensor:
     """``Q_a = V + A_a - mean A`` (Wang et al. 2016, eq. 9), explained at the actions ``[B]``.
 
     Each summand of the Q-value gets itself as its relevance, and the features get the sum of what
@@ -273,7 +279,9 @@ def _block_back(block: Any, x: Tensor, R: Tensor, fixed: bool) -> Tensor:
     # Sums share by contribution.
     total = middle + added
     R_middle = R * middle / total
-    R_middle = R_middle + ref.layer_norm(block.ln_2, middle, _exactly(mlp, normed, R * added / total))
+    R_middle = R_middle + ref.layer_norm(
+        block.ln_2, middle, _exactly(mlp, normed, R * added / total)
+    )
     R_x, R_attended = R_middle * x / middle, R_middle * attended / middle
     R_given = _exactly([_dense(block.attn.c_proj)], given, R_attended)
     R_given = R_given.unflatten(-1, (q.shape[1], -1)).transpose(1, 2)
@@ -296,4 +304,3 @@ def _block_back(block: Any, x: Tensor, R: Tensor, fixed: bool) -> Tensor:
 def _exactly(layers: Layers, x: Tensor, R: Tensor) -> Tensor:
     """Without a stabiliser: GPT-2's dense layers are calls of a function to the library."""
     return relevance(layers, x, R, dense=affine(ref.epsilon, eps=0.0))
-

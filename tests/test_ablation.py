@@ -27,6 +27,7 @@ from tdhook_like import (
     TargetError,
 )
 from tdhook_like.attribution.ablation import FeatureAblation, FeaturePermutation
+from tdhook_like.attribution.perturbation import Mean
 from tdhook_like.attribution.progress import MissingTqdmError
 
 BATCHES = [(), (3,), (3, 2), (2, 3, 2)]
@@ -228,11 +229,22 @@ def test_draws_do_not_depend_on_how_many_are_evaluated_at_once():
     net, x = Joined([3], 1).double(), torch.randn(4, 3, dtype=DOUBLE)
     found = [
         explained(FeaturePermutation("y", internal_batch_size=rows), net, (4,), x=x)
-        for rows in (None, 4, 20)
+        for rows in (None, 4, 20, 36)
     ]
     for other in found[1:]:
         for root in ("attr", "attr_error"):
             torch.testing.assert_close(other[root, "x"], found[0][root, "x"], rtol=0, atol=1e-12)
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=30), st.integers(1, 29))
+def test_a_running_mean_and_its_error_are_those_of_all_draws(draws, cut):
+    values, mean = torch.tensor(draws, dtype=DOUBLE).unsqueeze(1), Mean()
+    for part in (values[:cut], values[cut:]):
+        if len(part):
+            mean.add(part)
+    torch.testing.assert_close(mean.value(), values.mean(0), rtol=1e-9, atol=1e-9)
+    expected = values.std(0) / len(draws) ** 0.5
+    torch.testing.assert_close(mean.error(), expected, rtol=1e-6, atol=1e-9)
 
 
 # --- what all of them keep to -----------------------------------------------------------------------
@@ -447,6 +459,37 @@ def test_members_of_an_ensemble_are_explained_each_by_itself_errors_too(kind):
         alone = explained(kind("y"), inner, (4,), x=x)
         for root in roots:
             torch.testing.assert_close(td[root, "x"][member], alone[root, "x"], rtol=0, atol=1e-5)
+
+
+@every
+def test_a_model_that_overwrites_its_input_is_refused_and_one_that_says_so_is_given_copies(kind):
+    def scaled(x: Tensor) -> Tensor:
+        return x.mul_(2).sum(-1)
+
+    td = TensorDict({"x": torch.randn(4, 3)}, [4])
+    with kind("y").prepare(TensorDictModule(Formula(scaled), ["x"], ["y"])) as hooked:
+        before = td["x"].clone()
+        with pytest.raises(InputError, match=r"overwrites one of its inputs in place.*'x'"):
+            hooked.observe(td)
+    assert torch.equal(td["x"], before)
+    net = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 1))
+    with kind("y").prepare(net, ["x"], ["y"]) as hooked:
+        found = hooked.observe(td)["attr", "x"]
+    assert torch.equal(td["x"], before)
+    apart = nn.Sequential(nn.ReLU(), net[1])
+    expected = explained(kind("y"), apart, (4,), x=before)["attr", "x"]
+    torch.testing.assert_close(found, expected)
+
+
+@every
+def test_a_model_that_passes_its_input_on_is_explained_in_chunks_all_the_same(kind):
+    x = torch.randn(4, 3)
+    td = explained(kind(Each("y"), internal_batch_size=4), nn.Identity(), (4,), x=x)
+    diagonal = td["attr", "x"].diagonal(dim1=1, dim2=2)
+    if kind is FeatureAblation:
+        assert torch.equal(diagonal, x)
+    torch.testing.assert_close(td["attr", "x"], torch.diag_embed(diagonal))
+    assert diagonal.any()
 
 
 # --- progress ---------------------------------------------------------------------------------------

@@ -49,16 +49,18 @@ def test_a_fit_from_running_sums_is_that_of_one_big_solve(seed, drawn):
 
 
 def test_errors_are_what_leaving_out_some_of_the_draws_makes_of_the_fit():
-    z, y = torch.rand(200, 3) < 0.5, torch.randn(200, 1, dtype=DOUBLE)
-    ones = torch.ones(200, dtype=DOUBLE)
-    folds = torch.arange(200) % FOLDS
+    z, y = torch.rand(210, 3) < 0.5, torch.randn(210, 1, dtype=DOUBLE)
+    weights, folds = torch.rand(210, dtype=DOUBLE) + 0.1, torch.arange(190) % FOLDS
     fit = WeightedFit(3, y[0])
-    fit.add(z, ones, y, folds)
+    fit.add(z[:190], weights[:190], y[:190], folds)
+    fit.add(z[190:], weights[190:], y[190:])  # enumerated: in every fit, once
     without = []
     for fold in range(FOLDS):
-        left = folds != fold
-        design = torch.cat([z.double(), torch.ones(200, 1, dtype=DOUBLE)], 1)[left]
-        without.append(torch.linalg.lstsq(design, y[left]).solution[:3])
+        left = torch.cat([folds != fold, torch.ones(20).bool()])
+        often = torch.where(torch.arange(210) < 190, 190 / int(left[:190].sum()), 1.0)
+        root = (weights * often)[left].sqrt().unsqueeze(1)
+        design = torch.cat([z.double(), torch.ones(210, 1, dtype=DOUBLE)], 1)[left]
+        without.append(torch.linalg.lstsq(design * root, y[left] * root).solution[:3])
     without = torch.stack(without)
     expected = (without.var(0, correction=0) * (FOLDS - 1)).sqrt()
     torch.testing.assert_close(fit.with_constant(0.0)[1], expected, rtol=0, atol=1e-9)
@@ -197,6 +199,42 @@ BOTH = {
     "Lime": lambda **k: Lime(("y", 0), n_samples=100, **k),
 }
 both = pytest.mark.parametrize("name", BOTH)
+
+
+class Table(nn.Module):
+    """A game of twelve in which every coalition is worth something of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        # What a coalition is worth grows with the square of its size, beside chance.
+        sizes = torch.tensor([bin(s).count("1") for s in range(2**12)], dtype=DOUBLE)
+        noise = torch.randn(2**12, generator=generator, dtype=DOUBLE)
+        self.values = (sizes**3) / 100 * (1 + torch.arange(2**12) % 2) + noise
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.values[(x.round().long() << torch.arange(12)).sum(-1)].unsqueeze(-1)
+
+
+@pytest.mark.parametrize(
+    ("exact", "drawn"),
+    [
+        (ShapleyValues("y"), KernelShap("y", n_samples=600)),
+        (
+            Lime("y", n_samples=2**12, ridge=0.0, kernel_width=0.8),
+            Lime("y", n_samples=1000, ridge=0.0, kernel_width=0.8),
+        ),
+    ],
+    ids=BOTH,
+)
+def test_over_many_seeds_estimates_of_a_game_of_all_orders_centre_on_the_exact_values(exact, drawn):
+    x = torch.ones(1, 12, dtype=DOUBLE)
+    truth = explained(exact, Table(), (1,), x=x)["attr", "x"]
+    found = torch.stack(
+        [explained(drawn.replaced(seed=s), Table(), (1,), x=x)["attr", "x"] for s in range(60)]
+    )
+    away = (found.mean(0) - truth) / (found.std(0) / 60**0.5)
+    assert away.abs().max() < 3.5 and away.square().mean().sqrt() < 1.5
 
 
 @both

@@ -250,7 +250,7 @@ def test_the_same_seed_gives_the_same_and_another_one_something_else(name):
 def test_draws_do_not_depend_on_how_many_are_evaluated_at_once(name):
     net, x = wild()
     whole = explained(SAMPLED[name](), net, (5,), x=x)["attr", "x"]
-    for rows in (5, 37, 10_000):
+    for rows in (5, 37, 385, 10_000):
         td = explained(SAMPLED[name](internal_batch_size=rows), net, (5,), x=x)
         torch.testing.assert_close(td["attr", "x"], whole, rtol=0, atol=1e-10)
 
@@ -284,6 +284,15 @@ def test_the_error_of_a_group_is_divided_as_its_value_is():
     parts = explained(ShapleyValueSampling(("y", 1), n_samples=9, masks=masks), net, (5,), x=x)
     for root in ("attr", "attr_error"):
         torch.testing.assert_close(parts[root, "x"] * 3, whole[root, "x"])
+
+
+def test_a_drawn_group_that_an_element_has_no_feature_of_is_left_out_of_its_sum():
+    net, x = Joined([12], 1).double(), torch.randn(2, 12, dtype=DOUBLE)
+    masks = torch.stack([torch.arange(12), torch.arange(12) // 3])  # the second has four groups
+    td = explained(KernelShap("y", n_samples=100, masks={"x": masks}), net, (2,), x=x)
+    change = (net(x) - net(0 * x))[:, 0].detach()
+    torch.testing.assert_close(td["attr_gap"], td["attr", "x"].sum(-1) - change)
+    assert td["attr_gap"][0].abs() < 1e-10 < td["attr_gap"][1].abs()
 
 
 # --- what all of them keep to -----------------------------------------------------------------------

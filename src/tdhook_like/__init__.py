@@ -7,12 +7,26 @@ Attribution for policies and models that speak TensorDict::
     td["attr", "observation"]           # relevance, of the shape of td["observation"]
 """
 
-from tdhook_like.attribution import LRP, InputXGradient, IntegratedGradients, Method, Saliency
-from tdhook_like.attribution.lrp import EpsilonPlus
+from tdhook_like.attribution import (
+    LRP,
+    FeatureAblation,
+    FeaturePermutation,
+    InputXGradient,
+    IntegratedGradients,
+    KernelShap,
+    Lime,
+    Method,
+    Occlusion,
+    Saliency,
+    ShapleyValues,
+    ShapleyValueSampling,
+)
+from tdhook_like.attribution.lrp import CPLRP, AttnLRP, EpsilonPlus
 from tdhook_like.baselines import FromBuffer, FromKey
 from tdhook_like.context import HookContext, HookedModule
 from tdhook_like.errors import (
     BaselineError,
+    ConservationError,
     ContextError,
     InputError,
     KeyNotFoundError,
@@ -35,19 +49,24 @@ from tdhook_like.targets import (
     Taken,
     Target,
 )
-from tdhook_like.writing import CompletenessWarning
+from tdhook_like.writing import CompletenessWarning, UnhandledOperationWarning
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CPLRP",
     "LRP",
     "AtStep",
+    "AttnLRP",
     "BaselineError",
     "CompletenessWarning",
+    "ConservationError",
     "ContextError",
     "Contrast",
     "Each",
     "EpsilonPlus",
+    "FeatureAblation",
+    "FeaturePermutation",
     "FromBuffer",
     "FromKey",
     "Function",
@@ -57,18 +76,24 @@ __all__ = [
     "InputError",
     "InputXGradient",
     "IntegratedGradients",
+    "KernelShap",
     "KeyNotFoundError",
     "LayoutError",
+    "Lime",
     "LockedError",
     "LogProb",
     "Method",
     "ModelError",
+    "Occlusion",
     "Output",
     "PathError",
     "RuleError",
     "Saliency",
+    "ShapleyValueSampling",
+    "ShapleyValues",
     "Taken",
     "Target",
     "TargetError",
     "TdhookLikeError",
+    "UnhandledOperationWarning",
 ]

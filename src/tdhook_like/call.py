@@ -314,8 +314,10 @@ class Call:
             baselines=baselines,
             view=self._view(shadow),
         )
-        attribution = method.attribute(score, baselines) if keys else Attribution([])
-        if context.at is not None and not method.own_at:
+        at = context.at is not None and method.own_at
+        score.at_paths = tuple(context.at.modules) if context.at is not None and at else ()
+        attribution = method.attribute(score, baselines) if keys or at else Attribution([])
+        if context.at is not None and not at:
             at_submodules(method, score, context, attribution)
         self._check_reached()
         new = [name for name in attribution.unhandled if name not in context.unhandled]

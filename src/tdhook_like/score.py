@@ -6,6 +6,7 @@ It knows nothing of what a method makes of them, nor of where results are writte
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
 from tdhook_like.errors import TargetError, TdhookLikeError
+from tdhook_like.hooks.functional import Functions
 from tdhook_like.hooks.installation import Handler
 from tdhook_like.hooks.structure import leaves, mapped
 from tdhook_like.hooks.surrogate import Twice, unwrapped
@@ -67,6 +69,11 @@ class Captured:
         if moved:
             self._vmapped[path, len(calls)] = moved
         calls.append(value)
+
+    def arranged(self, path: str, dims: int) -> list[Tensor]:
+        """What was captured at a path, call by call, batch dimensions first."""
+        calls = self.outputs.get(path, [])
+        return [self.batch_first(value, path, i, dims) for i, value in enumerate(calls)]
 
     def batch_first(self, value: Tensor, path: str, call: int, dims: int) -> Tensor:
         """A captured tensor with the dimensions that vmap added behind its ``dims`` batch dimensions.
@@ -168,7 +175,7 @@ class Score:
 
     Args:
         run: Runs the model without leaving a trace (on a shadow, the RNG forked).
-        rules: Gives a context manager that has the rules on.
+        rules: Gives a context manager that has the rules on, and a mode for functions if one is given.
         template: The explained TensorDict; what is not attributed is read from it.
         keys: The attributed keys.
         inputs: Their values, ``[*B, *features]`` each.
@@ -184,7 +191,7 @@ class Score:
     def __init__(
         self,
         run: Run,
-        rules: Callable[[], AbstractContextManager[object]],
+        rules: Callable[..., AbstractContextManager[object]],
         template: TensorDictBase,
         keys: Sequence[NestedKey],
         inputs: tuple[Tensor, ...],
@@ -203,6 +210,8 @@ class Score:
         self.inputs = inputs
         self.baselines = baselines or tuple(torch.zeros_like(x) for x in inputs)
         self.batch = template.batch_size
+        #: The submodules that a method which can is to attribute to, by path.
+        self.at_paths: tuple[str, ...] = ()
 
     def scores(self, points: Sequence[Tensor]) -> Tensor:
         """Scores ``[k, *B, T]`` at stacked inputs ``[k, *B, *features]``, without a graph."""
@@ -218,7 +227,7 @@ class Score:
     def dims(self) -> int:
         """How many dimensions of the batch a score has: fewer where a trajectory is one element."""
         if self._targets.lacking is None:
-            self.scores([x.unsqueeze(0) for x in self.inputs])
+            self.scores([x.unsqueeze(0).clone() for x in self.inputs])
         assert self._targets.lacking is not None
         return len(self.batch) - self._targets.lacking
 
@@ -270,17 +279,109 @@ class Score:
         assert total is not None
         return total, torch.cat(scores)
 
+    @property
+    def template(self) -> TensorDictBase:
+        """The explained TensorDict, for what is read of it beside the attributed keys."""
+        return self._template
+
+    def at(self, inputs: Sequence[Tensor], baselines: Sequence[Tensor] | None = None) -> Score:
+        """The same function, to be explained at other inputs of the same shapes.
+
+        Args:
+            inputs: ``[*B, *features]`` each.
+            baselines: What they are explained against; as before if None.
+        """
+        other = copy.copy(self)
+        other.inputs = tuple(inputs)
+        other.baselines = self.baselines if baselines is None else tuple(baselines)
+        return other
+
+    def gradients_at(
+        self,
+        points: Sequence[Tensor],
+        of: Callable[[list[Tensor], slice], list[Tensor]] | None = None,
+    ) -> tuple[list[Tensor], Tensor]:
+        """The gradient at each of several points, in chunks, and the scores there.
+
+        Args:
+            points: ``[k, *B, *features]`` for each key.
+            of: What is differentiated instead of the scores: from their parts ``[c, *B, n]`` and the
+                rows among k that these are of, to parts of U columns in all, each row by itself.
+
+        Returns:
+            Gradients ``[k, U, *B, *features]`` for each key, and the scores themselves
+            ``[k, *B, T]``.
+        """
+        layout, chunk = self._layout(), self.chunk()
+        grads: list[list[Tensor]] = [[] for _ in points]
+        scores: list[Tensor] = []
+        for start in range(0, len(points[0]), chunk):
+            rows = slice(start, min(start + chunk, len(points[0])))
+            leaves = [point[rows].detach().requires_grad_() for point in points]
+            with self._rules():
+                found = self._evaluate(layout, leaves)
+                each = gradients(found if of is None else of(found, rows), leaves)
+            for key, columns in zip(grads, zip(*each, strict=True), strict=True):
+                key.append(torch.stack(columns, 1))
+            scores.append(joined(found).detach())
+        return [torch.cat(key) for key in grads], torch.cat(scores)
+
+    def installed(self, functions: Functions | None = None) -> AbstractContextManager[object]:
+        """The rules, and a mode of the method's own for functions, for the length of a block."""
+        return self._rules(functions)
+
+    def evaluated(
+        self, values: Mapping[NestedKey, Tensor]
+    ) -> tuple[list[Tensor], TensorDictBase | View]:
+        """Scores, ``[k, *B, n]`` for each named target, and the outputs that they are read from.
+
+        Args:
+            values: Stacked, ``[k, *B, *features]``, by key: of the inputs, or what is to stand in
+                submodules' places (see ``ports``).
+        """
+        keys, points = tuple(values), list(values.values())
+        return self._evaluated(self._layout(), keys, points)
+
+    def of(
+        self,
+        values: Mapping[NestedKey, Tensor],
+        baselines: Sequence[Tensor],
+        layouts: dict[int, str],
+    ) -> Score:
+        """The same score as a function of other entries, the explained inputs held as they are.
+
+        Args:
+            values: The entries, ``[*B, *features]`` each.
+            baselines: What they are explained against, of the same shapes.
+            layouts: Where verified layouts' names are kept between calls.
+        """
+        other = copy.copy(self)
+        other._keys, other.inputs = tuple(values), tuple(values.values())
+        other.baselines, other._layouts = tuple(baselines), layouts
+        return other
+
     def _evaluate(self, layout: Layout, points: Sequence[Tensor]) -> list[Tensor]:
+        return self._evaluated(layout, self._keys, points)[0]
+
+    def _evaluated(
+        self, layout: Layout, keys: Sequence[NestedKey], points: Sequence[Tensor]
+    ) -> tuple[list[Tensor], TensorDictBase | View]:
         if self._overwrites:
             points = [point.clone() for point in points]
         outputs: TensorDictBase | View | None = None
         if self._view is not None and layout is leading:
-            outputs = self._view(self._template, dict(zip(self._keys, points, strict=True)))
+            outputs = self._view(self._template, dict(zip(keys, points, strict=True)))
         if outputs is None:
-            outputs = layout(self._run, self._template, self._keys, points)
+            outputs = layout(self._run, self._template, keys, points)
         scores = self._targets(outputs, outputs.batch_dims)
         own = outputs.batch_dims - len(self.batch) - 1
-        return [members_last(joined(scores), own)] if own > 0 else scores
+        return [members_last(joined(scores), own)] if own > 0 else scores, outputs
+
+    @property
+    def layout(self) -> str:
+        """How further evaluations are stacked; tried out at the first look."""
+        self._layout()
+        return self._layouts[len(self.batch)]
 
     def _layout(self) -> Layout:
         name = self._layouts.get(len(self.batch))

@@ -189,12 +189,15 @@ def _warn_of_gap(context: HookContext, gap: Tensor, scale: Tensor) -> None:
         worst = (gap / torch.maximum(scale, scale.mean()).clamp_min(1e-12)).max().item()
         warnings.warn(
             f"{type(context.method).__name__}: attributions miss score(input) - score(baseline) by more "
-            f"than {tolerance:.0%} in {large} of {gap.numel()} cases (at worst {worst:.0%}). Take more "
-            "n_steps, or a baseline at which the model is smooth; the gaps are at "
+            f"than {tolerance:.0%} in {large} of {gap.numel()} cases (at worst {worst:.0%}). "
+            f"{getattr(context.method, 'gap_advice', _GAP_ADVICE)}; the gaps are at "
             f"{context.method.gap_root!r}.",
             CompletenessWarning,
             stacklevel=_depth_of_caller(),
         )
+
+
+_GAP_ADVICE = "Take more n_steps, or a baseline at which the model is smooth"
 
 
 def _depth_of_caller() -> int:

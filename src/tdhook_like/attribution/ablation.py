@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tdhook_like.attribution.groups import Groups
 from tdhook_like.attribution.method import Attribution
+from tdhook_like.attribution.mixing import Mixer
 from tdhook_like.attribution.perturbation import (
     CoalitionMethod,
     GroupedMethod,
@@ -58,12 +58,12 @@ class FeatureAblation(CoalitionMethod):
 
     def attribute(self, score: Score, baselines: tuple[Tensor, ...]) -> Attribution:
         """Ablates every group, in chunks."""
-        groups, found = self.divided(score), []
+        groups, mixer, found = self.divided(score), Mixer(score), []
         with self.counting(groups.count + 1) as advance:
             for numbers in _in_chunks(-1, groups.count, score):
                 # All but one are there, and all in the first row: no group has the number -1.
                 present = _without(numbers, groups.count)
-                found.append(score.scores(groups.points(present, score.inputs, baselines)))
+                found.append(groups.scores(mixer, present, baselines))
                 advance(len(numbers))
         scores = torch.cat(found)
         values = groups.spread(scores[:1] - scores[1:], self.divide)
@@ -118,7 +118,8 @@ class FeaturePermutation(GroupedMethod):
 
     def attribute(self, score: Score, baselines: tuple[Tensor, ...]) -> Attribution:
         """Permutes every group ``n_samples`` times, in chunks."""
-        whole = score.scores([x.unsqueeze(0) for x in score.inputs])
+        mixer = Mixer(score)
+        whole = mixer.scores([x.unsqueeze(0).clone() for x in score.inputs])
         elements = whole.shape[1:-1]
         if elements.numel() < 2:
             raise InputError(
@@ -133,8 +134,10 @@ class FeaturePermutation(GroupedMethod):
             for start in range(0, self.n_samples if groups.count else 0, at_once):
                 n, found = min(at_once, self.n_samples - start), []
                 for rows in _in_chunks(0, n * groups.count, score):
-                    points = self._permuted(score, groups, rows % groups.count, draw)
-                    found.append(whole - score.scores(points))
+                    numbers = rows % groups.count
+                    others = self._others(score, elements, len(rows), draw)
+                    present = _without(numbers, groups.count)
+                    found.append(whole - groups.scores(mixer, present, others))
                     advance(len(rows))
                 mean.add(torch.cat(found).unflatten(0, (n, groups.count)))
         if not groups.count:
@@ -143,16 +146,15 @@ class FeaturePermutation(GroupedMethod):
         return Attribution(found, errors=self.errors_of(score, groups, mean.error()))
 
     @staticmethod
-    def _permuted(
-        score: Score, groups: Groups, numbers: Tensor, draw: torch.Generator
+    def _others(
+        score: Score, elements: torch.Size, rows: int, draw: torch.Generator
     ) -> list[Tensor]:
-        """Inputs in each of which the group of one number comes from other elements."""
-        n, dims = groups.shapes[0][: groups.dims].numel(), groups.dims
+        """Inputs ``[rows, *E, *F]`` whose elements come in an order drawn for each row."""
         # A random order of random numbers; one draw per row, so that chunks do not matter.
-        order = torch.rand(len(numbers), n, dtype=torch.float64, generator=draw).argsort(-1)
-        order = order.to(numbers.device)
-        others = [x.flatten(0, dims - 1)[order].reshape(len(order), *x.shape) for x in score.inputs]
-        return groups.points(_without(numbers, groups.count), score.inputs, others)
+        uniform = torch.rand(rows, elements.numel(), dtype=torch.float64, generator=draw)
+        order = uniform.argsort(-1).to(score.inputs[0].device)
+        last = len(elements) - 1
+        return [x.flatten(0, last)[order].reshape(rows, *x.shape) for x in score.inputs]
 
 
 def _in_chunks(start: int, stop: int, score: Score) -> Iterator[Tensor]:

@@ -11,10 +11,11 @@ import torch
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from tdhook_like.attribution.mixing import Mixer
 from tdhook_like.errors import InputError, listed
 from tdhook_like.keys import as_tuple, check_known, shortest
 
-__all__ = ["Groups", "Masks", "check_masks", "chosen", "grouped"]
+__all__ = ["Groups", "Masks", "check_masks", "grouped"]
 
 Masks = Mapping[NestedKey, Tensor]
 """By key, the number of the group that each feature belongs to."""
@@ -44,23 +45,16 @@ class Groups:
     shapes: tuple[torch.Size, ...]
     dims: int
 
-    def points(
-        self, present: Tensor, inputs: Sequence[Tensor], absent: Sequence[Tensor]
-    ) -> list[Tensor]:
-        """Inputs of which only some groups are there.
+    def scores(self, mixer: Mixer, present: Tensor, absent: Sequence[Tensor]) -> Tensor:
+        """Scores ``[c, *E, T]`` of inputs of which only some groups are there.
 
         Args:
+            mixer: Makes the points.
             present: Which groups are, for each of c evaluations: ``[c, count]``, bool.
-            inputs: ``[*E, *F]`` each.
             absent: What stands in the place of other groups, ``[*E, *F]`` or ``[c, *E, *F]`` each.
-
-        Returns:
-            For each key, ``[c, *E, *F]``.
         """
-        return [
-            chosen(self._mask(i, present), x, other)
-            for i, (x, other) in enumerate(zip(inputs, absent, strict=True))
-        ]
+        points = [mixer.mixed(i, self._mask(i, present), other) for i, other in enumerate(absent)]
+        return mixer.scores(points)
 
     def _mask(self, i: int, present: Tensor) -> Tensor:
         ids, start, shape = self.ids[i], self.starts[i], self.shapes[i]
@@ -125,16 +119,6 @@ class Groups:
                 found = found + counts.reshape(n, self.count)
         apart = elements if len(found) == n else (1,) * self.dims
         return found.mT.reshape(self.count, *apart)
-
-
-def chosen(present: Tensor, x: Tensor, absent: Tensor) -> Tensor:
-    """``x`` where it is present, ``absent`` elsewhere; the three broadcast.
-
-    >>> chosen(torch.tensor([True, False]), torch.tensor([1.0, 2.0]), torch.zeros(2))
-    tensor([1., 0.])
-    """
-    # torch.where, at four times its speed on a CPU; exact at weights 0 and 1.
-    return torch.lerp(absent, x, present.to(x.dtype))
 
 
 def check_masks(masks: object) -> None:

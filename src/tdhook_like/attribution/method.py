@@ -41,14 +41,16 @@ class Attribution:
         scale: The size that the gap is measured against, ``[*B, T]``.
         errors: Standard errors of ``inputs``, of the same shapes, where the method draws samples.
         ledger: Where relevance went, where that was asked for.
+        unhandled: Names of functions that the method has no rule for, and how often they were met.
     """
 
     inputs: Sequence[Sequence[Tensor] | Tensor]
-    modules: Mapping[str, Sequence[Sequence[Tensor]]] = field(default_factory=dict)
+    modules: dict[str, Sequence[Sequence[Tensor] | Tensor]] = field(default_factory=dict)
     gap: Tensor | None = None
     scale: Tensor | None = None
     errors: Sequence[Sequence[Tensor] | Tensor] | None = None
     ledger: Ledger | None = None
+    unhandled: Mapping[str, int] = field(default_factory=dict)
 
 
 def by_member(attribution: Attribution, members: Sequence[int], place: int) -> Attribution:
@@ -265,14 +267,13 @@ class PathMethod(Method):
 
     single_pass: ClassVar[bool] = False
 
+    #: Whether the method itself attributes to submodules. If not, the score is explained anew for each
+    #: of them, as a function of what the submodule gives, the model's inputs held as they are.
+    own_at: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
-        """As for every method; attributions at submodules and second derivatives are refused."""
+        """As for every method; second derivatives are refused."""
         super().__post_init__()
-        if self.at:
-            raise ContextError(
-                f"{type(self).__name__} attributes in_keys; at={self.at!r} needs a method of one "
-                "gradient, such as LRP, Saliency or InputXGradient."
-            )
         if self.create_graph:
             raise ContextError(f"{type(self).__name__} does not build a graph of its attributions.")
 

@@ -11,8 +11,8 @@ import torch
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from tdhook_like.attribution.groups import chosen
 from tdhook_like.attribution.method import Attribution
+from tdhook_like.attribution.mixing import Mixer
 from tdhook_like.attribution.perturbation import Baselines, PerturbationMethod, whole_number
 from tdhook_like.errors import InputError
 from tdhook_like.keys import as_tuple, check_known
@@ -133,7 +133,7 @@ class Occlusion(PerturbationMethod):
 
     def attribute(self, score: Score, baselines: tuple[Tensor, ...]) -> Attribution:
         """Covers every window of every key, in chunks."""
-        dims, chunk = score.dims, score.chunk()
+        dims, chunk, mixer = score.dims, score.chunk(), Mixer(score)
         windows = [
             Windows(x.shape[dims:], *self._extents(key, x.shape[dims:]), x.device)
             for key, x in zip(score.keys, score.inputs, strict=True)
@@ -143,12 +143,12 @@ class Occlusion(PerturbationMethod):
             for i, each in enumerate(windows):
                 rows = []
                 for start in range(-1, each.count, chunk):
-                    covered = each.mask(start, min(start + chunk, each.count))
-                    points = [x.expand(len(covered), *x.shape) for x in score.inputs]
-                    covered = covered.reshape(len(covered), *[1] * dims, *covered.shape[1:])
-                    points[i] = chosen(~covered, score.inputs[i], baselines[i])
-                    rows.append(score.scores(points))
-                    advance(len(covered))
+                    left = each.uncovered(start, min(start + chunk, each.count))
+                    points = [x.expand(len(left), *x.shape) for x in score.inputs]
+                    left = left.reshape(len(left), *[1] * dims, *left.shape[1:])
+                    points[i] = mixer.mixed(i, left, baselines[i])
+                    rows.append(mixer.scores(points))
+                    advance(len(left))
                 scores = torch.cat(rows)
                 found.append(each.mean(scores[:1] - scores[1:]))
         return Attribution(self.checked(score, found))
@@ -216,20 +216,20 @@ class Windows:
             self._covers.append((place >= start) & (place < start + size))
         self.count = math.prod(len(cover) for cover in self._covers)
 
-    def mask(self, start: int, stop: int) -> Tensor:
-        """What the windows from number ``start`` to ``stop`` cover, to broadcast to ``[…, *F]``.
+    def uncovered(self, start: int, stop: int) -> Tensor:
+        """What the windows from number ``start`` to ``stop`` leave, to broadcast to ``[…, *F]``.
 
-        Number −1 is for no window, which covers nothing.
+        Number −1 is for no window, which leaves everything.
         """
         number = torch.arange(start, stop, device=self._device)
-        found = (number >= 0).reshape(-1, *[1] * len(self._features))
+        found = (number < 0).reshape(-1, *[1] * len(self._features))
         for dim in reversed(range(len(self._covers))):
             cover = self._covers[dim]
             if len(cover) == 1:
                 continue  # the window spans it whole
             shape = [len(number), *[1] * len(self._features)]
             shape[dim + 1] = cover.shape[1]
-            found = found & cover[number % len(cover)].reshape(shape)
+            found = found | ~cover[number % len(cover)].reshape(shape)
             number = number.div(len(cover), rounding_mode="floor")
         return found
 

@@ -22,7 +22,14 @@ from tdhook_like.score import Score
 if TYPE_CHECKING:
     from tdhook_like.context import HookContext
 
-__all__ = ["CoalitionMethod", "GroupedMethod", "Mean", "PerturbationMethod", "whole_number"]
+__all__ = [
+    "CoalitionMethod",
+    "GroupedMethod",
+    "Mean",
+    "PerturbationMethod",
+    "check_seed",
+    "whole_number",
+]
 
 Baselines = BaselineSpec | Mapping[NestedKey, BaselineSpec] | None
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tdhook_like.attribution.groups import Groups
 from tdhook_like.attribution.method import Attribution
+from tdhook_like.attribution.mixing import Mixer
 from tdhook_like.attribution.perturbation import (
     CoalitionMethod,
     Mean,
@@ -97,12 +98,12 @@ class ShapleyValues(CoalitionMethod):
         outside = -weight.flip(0)
         found = weight[-1:] * high.double().flatten() + outside[:1] * low.double().flatten()
         found = found.expand(n, -1).clone() if n else found.new_zeros(0, low.numel())
-        chunk = score.chunk()
+        chunk, mixer = score.chunk(), Mixer(score)
         with self.counting(2**n) as advance:
             advance(2)
             for start in range(1, 2**n - 1, chunk):
                 present = coalitions(start, min(start + chunk, 2**n - 1), n, low.device)
-                values = score.scores(groups.points(present, score.inputs, baselines))
+                values = groups.scores(mixer, present, baselines)
                 size = present.sum(1, keepdim=True)
                 counts = torch.where(present, weight[size], outside[size])
                 found += counts.mT @ values.double().flatten(1)
@@ -168,7 +169,7 @@ class ShapleyValueSampling(CoalitionMethod):
     def attribute(self, score: Score, baselines: tuple[Tensor, ...]) -> Attribution:
         """Follows the drawn orders, as many at once as fit."""
         low, high = self.ends(score, baselines)
-        groups, mean = self.divided(score), Mean()
+        groups, mixer, mean = self.divided(score), Mixer(score), Mean()
         each = 2 if self.antithetic else 1  # orders that make one independent draw
         inner = max(groups.count - 1, 0)
         at_once = max(score.chunk() // max(each * inner, 1), 1)
@@ -181,16 +182,11 @@ class ShapleyValueSampling(CoalitionMethod):
                 if self.antithetic:
                     order = torch.stack([order, order.flip(-1)], 1).flatten(0, 1)
                 place = order.argsort(-1).to(low.device)
-                values = self._along(score, groups, place, baselines)
+                values = self._along(score, groups, mixer, place, baselines)
                 advance(len(values))
-                path = torch.cat(
-                    [
-                        low.expand(len(place), 1, *low.shape),
-                        values.unflatten(0, (len(place), inner)),
-                        high.expand(len(place), 1, *high.shape),
-                    ],
-                    1,
-                )
+                between = values.reshape(len(place), inner, *low.shape)
+                ends = [end.expand(len(place), 1, *end.shape) for end in (low, high)]
+                path = torch.cat([ends[0], between, ends[1]], 1)
                 rows = torch.arange(len(place), device=low.device).unsqueeze(1)
                 added = path.double().diff(dim=1)[rows, place] if groups.count else path[:, :0]
                 mean.add(added.unflatten(0, (-1, each)).mean(1) if each > 1 else added)
@@ -199,26 +195,30 @@ class ShapleyValueSampling(CoalitionMethod):
 
     @staticmethod
     def _along(
-        score: Score, groups: Groups, place: Tensor, baselines: tuple[Tensor, ...]
+        score: Score,
+        groups: Groups,
+        mixer: Mixer,
+        place: Tensor,
+        baselines: tuple[Tensor, ...],
     ) -> Tensor:
         """Scores while groups are added, neither end included.
 
         Args:
             score: What is explained.
             groups: Its groups.
+            mixer: Makes the points.
             place: Where each group stands in each order, ``[orders, count]``.
             baselines: What stands for an absent group.
 
         Returns:
             ``[orders × (count − 1), *E, T]``.
         """
-        inner, chunk = max(groups.count - 1, 0), score.chunk()
-        rows = torch.arange(len(place) * inner, device=place.device)
+        inner = groups.count - 1
+        if inner < 1:
+            return score.inputs[0].new_empty(0)
         found = []
-        for row in rows.split(chunk) if len(rows) else ():
-            order = row.div(max(inner, 1), rounding_mode="floor")
+        for row in torch.arange(len(place) * inner, device=place.device).split(score.chunk()):
+            order = row.div(inner, rounding_mode="floor")
             present = place[order] <= (row - order * inner).unsqueeze(1)
-            found.append(score.scores(groups.points(present, score.inputs, baselines)))
-        if found:
-            return torch.cat(found)
-        return score.scores([x[None] for x in score.inputs])[:0]
+            found.append(groups.scores(mixer, present, baselines))
+        return torch.cat(found)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tdhook_like.attribution.method import Attribution
+from tdhook_like.attribution.mixing import Mixer
 from tdhook_like.attribution.perturbation import CoalitionMethod, check_seed, whole_number
 from tdhook_like.attribution.shapley import coalitions
 from tdhook_like.attribution.weighted_fit import FOLDS, WeightedFit
@@ -78,7 +79,7 @@ class KernelShap(CoalitionMethod):
     def attribute(self, score: Score, baselines: tuple[Tensor, ...]) -> Attribution:
         """Evaluates coalitions, in chunks, and solves for the coefficients."""
         low, high = self.ends(score, baselines)
-        groups = self.divided(score)
+        groups, mixer = self.divided(score), Mixer(score)
         n, change = groups.count, high - low
         rows = 2 * n + 2048 if self.n_samples is None else self.n_samples
         if n < 63 and 2**n - 2 <= rows:
@@ -90,7 +91,7 @@ class KernelShap(CoalitionMethod):
         fit = WeightedFit(n, change)
         with self.counting(rows) as advance:
             for present, weights, folds in draws:
-                values = score.scores(groups.points(present, score.inputs, baselines)) - low
+                values = groups.scores(mixer, present, baselines) - low
                 fit.add(present, weights, values, folds)
                 advance(len(present))
         values, errors = fit.summing_to(change)
@@ -157,8 +158,8 @@ class Lime(CoalitionMethod):
 
     def attribute(self, score: Score, baselines: tuple[Tensor, ...]) -> Attribution:
         """Evaluates coalitions, in chunks, and solves for the coefficients."""
-        whole = score.scores([x.unsqueeze(0) for x in score.inputs])[0]
-        groups = self.divided(score)
+        whole = score.scores([x.unsqueeze(0).clone() for x in score.inputs])[0]
+        groups, mixer = self.divided(score), Mixer(score)
         n, rows = groups.count, self.n_samples
         if n < 63 and 2**n <= rows:
             draws, rows = self._all(n, score), 2**n
@@ -169,7 +170,7 @@ class Lime(CoalitionMethod):
         with self.counting(rows) as advance:
             for present, weights, folds in draws:
                 # Differences to the input: the constant c takes what is subtracted.
-                values = score.scores(groups.points(present, score.inputs, baselines)) - whole
+                values = groups.scores(mixer, present, baselines) - whole
                 fit.add(present, weights, values, folds)
                 advance(len(present))
         values, errors = fit.with_constant(self.ridge)

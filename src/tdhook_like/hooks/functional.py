@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Around", "Functions", "opened"]
+__all__ = ["Around", "Functions", "open_all", "opened", "written_in_python"]
 
 Around = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 """Called as ``around(function, args, kwargs)`` in the function's place; gives its result."""
@@ -25,6 +24,7 @@ class Functions(TorchFunctionMode):
     Attributes:
         running: How many runs of the model are under way; outside them nothing is replaced.
         inside: How many modules are under way that answer for everything inside them.
+        notes: What the replacements of this call remember for one another, by a name of theirs.
 
     >>> def doubled(function, args, kwargs):
     ...     return 2 * function(*args, **kwargs)
@@ -39,31 +39,33 @@ class Functions(TorchFunctionMode):
         super().__init__()
         self._find = find
         self.running = self.inside = 0
+        self.notes: dict[str, Any] = {}
 
     def close(self) -> None:
         """Lets go of everything that belongs to the call that is over."""
         self._find = _nothing
+        self.notes.clear()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
         if func is torch.autograd.grad:
             # Checkpointed blocks run again in the backward pass, and need their rules there.
             self.running += 1
             try:
                 with self:
-                    return opened(func)(*args, **kwargs)
+                    return opened(func)(*args, **(kwargs or {}))
             finally:
                 self.running -= 1
+        if func is torch.Tensor.unflatten:
+            func = torch.unflatten  # the same, and not by way of super(), which cannot be traced
         if self.running and not self.inside and torch.is_grad_enabled():
             around = self._find(func)
             if around is not None:
-                return around(func, args, kwargs)
-        return func(*args, **kwargs)
+                return around(func, args, kwargs or {})
+        return func(*args, **kwargs) if kwargs else func(*args)
 
 
-@lru_cache(maxsize=256)
 def opened(function: Any) -> Any:
     """A function of torch's that is written in Python, without its look at active modes.
 
@@ -72,6 +74,38 @@ def opened(function: Any) -> Any:
     >>> opened(torch.nn.functional.normalize) is torch.nn.functional.normalize
     False
     """
+    found = _OPENED.get(function)
+    if found is None:
+        found = _OPENED[function] = _twin(function)
+    return found
+
+
+def written_in_python(function: Any) -> bool:
+    """Whether a function can be opened.
+
+    >>> written_in_python(torch.nn.functional.normalize), written_in_python(torch.tanh)
+    (True, False)
+    """
+    return isinstance(function, types.FunctionType) and any(
+        name.startswith("has_torch_function") for name in function.__code__.co_names
+    )
+
+
+def open_all() -> None:
+    """Opens all that torch has to open: while it compiles, it can look one up, but not make one.
+
+    >>> open_all()
+    """
+    for place in (torch.nn.functional, torch.functional, torch.Tensor):
+        for function in vars(place).values():
+            if written_in_python(function):
+                opened(function)
+
+
+_OPENED: dict[Any, Any] = {}
+
+
+def _twin(function: Any) -> Any:
     names = {name: _never for name in function.__globals__ if name.startswith("has_torch_function")}
     twin = types.FunctionType(
         function.__code__,

@@ -40,7 +40,8 @@ def mapped(function: Callable[..., Any], value: Any, *others: Any) -> Any:
         kind: Any = type(value)
         return kind(*items) if hasattr(value, "_fields") else kind(items)
     if isinstance(value, dict):
-        found = copy.copy(value)  # a dict subclass keeps what else it holds
+        # A dict subclass keeps what else it holds. (A copy of a plain one cannot be traced.)
+        found: Any = {} if type(value) is dict else copy.copy(value)
         for key, item in value.items():
             found[key] = mapped(function, item, *(other[key] for other in others))
         return found

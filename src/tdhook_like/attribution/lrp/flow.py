@@ -72,11 +72,13 @@ class Flow:
 
     def missing(self, name: str, result: Tensor) -> None:
         """Counts a function that has no rule, once relevance arrives at its result."""
-        counts = self.unhandled
+        counts, counted = self.unhandled, []
         result, _ = unwrapped(result)
 
         def arrives(gradient: Tensor) -> None:
-            counts[name] += 1
+            if not counted and _anything(gradient):  # it may come for one target after another
+                counted.append(name)
+                counts[name] += 1
 
         result.register_hook(arrives)
 
@@ -144,6 +146,16 @@ def _followed(node: Any) -> tuple[Any, ...]:
         return ()
     # Of what is attached, only the surrogate is followed.
     return node.next_functions[1:] if name.startswith("_Attached") else node.next_functions
+
+
+def _anything(gradient: Tensor) -> bool:
+    """Whether more than zeros arrive, as they do for numbers that the target leaves out."""
+    gradient, _ = unwrapped(gradient)
+    if torch.compiler.is_compiling():
+        return True
+    if gradient.is_cuda and torch.cuda.is_current_stream_capturing():
+        return True
+    return bool(gradient.any())
 
 
 def _remember(where: dict[int, Any], tensor: Tensor, what: Any) -> None:

@@ -6,32 +6,19 @@ A function is told by its name, in every spelling: ``F.gelu``, ``torch.tanh``, `
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 from typing import Any
 
+import torch
+from torch.overrides import get_overridable_functions
+
 from tdhook_like.attribution.lrp.flow import Flow
-from tdhook_like.attribution.lrp.names import FOLLOWED, PASSED, PRODUCTS, TRANSPARENT, spoken
-from tdhook_like.attribution.lrp.normalised import group_norm, instance_norm, layer_norm, rms_norm
-from tdhook_like.attribution.lrp.operations import (
-    Attention,
-    BatchNormalised,
-    Followed,
-    FunctionRule,
-    GatedLinear,
-    Normalised,
-    Opened,
-    Passed,
-    Power,
-    Product,
-    Quotient,
-    Reduced,
-    Softmax,
-    Sum,
-    Unhandled,
-)
-from tdhook_like.errors import RuleError
-from tdhook_like.hooks.functional import Around
+from tdhook_like.attribution.lrp.names import TRANSPARENT, spoken
+from tdhook_like.attribution.lrp.operations import UNHANDLED, Followed, FunctionRule, Opened
+from tdhook_like.attribution.lrp.tables import table
+from tdhook_like.errors import RuleError, listed
+from tdhook_like.hooks.functional import Around, written_in_python
 
 __all__ = ["FunctionRules", "functions_of"]
 
@@ -44,10 +31,11 @@ class FunctionRules:
             ``"constant"`` as in CP-LRP.
         gates: Who gets a product of an activation function's result and a signal: each one ``"half"``,
             or the ``"signal"`` all.
-        rules: Rules of one's own by name; None for a function's own gradient.
+        rules: Rules of one's own by the function's name, for all its spellings (``"softmax"``); None
+            for a function's own gradient.
 
     Raises:
-        RuleError: If an option is unknown, or a rule is none.
+        RuleError: If an option is unknown, a rule is none, or torch has no function of that name.
 
     >>> FunctionRules(gates="signal")
     FunctionRules(attention='gradient', gates='signal')
@@ -64,11 +52,8 @@ class FunctionRules:
         if gates not in ("half", "signal"):
             raise RuleError(f"gates must be 'half' or 'signal', got {gates!r}.")
         self.attention, self.gates = attention, gates
-        for name, rule in (rules or {}).items():
-            if rule is not None and not isinstance(rule, FunctionRule):
-                raise RuleError(f"The rule of {name}() must be a FunctionRule or None, got {rule!r}.")
-        self.rules = dict(rules or {})
-        self._table = _table(attention == "constant", gates == "signal")
+        self.rules = {_known(name): _a_rule(name, rule) for name, rule in (rules or {}).items()}
+        self._table = table(attention == "constant", gates == "signal")
         self._table.update(
             {name: Followed() if rule is None else rule for name, rule in self.rules.items()}
         )
@@ -76,78 +61,69 @@ class FunctionRules:
 
     def find(self, function: Any) -> tuple[str, FunctionRule | None]:
         """A torch function's name, and its rule; None where it can do nothing to relevance."""
-        found = self._found.get(function)
+        compiling = torch.compiler.is_compiling()
+        found = None if compiling else self._found.get(function)
         if found is None:
-            name = spoken(function)
-            rule = self._table.get(name, _UNHANDLED)
-            if rule is _UNHANDLED and _written_in_python(function):
-                rule = _OPENED
-            found = self._found[function] = (name, None if name in TRANSPARENT else rule)
+            name = _spoken(function)
+            rule = self._table.get(name)
+            if rule is None and name not in TRANSPARENT:
+                rule = _OPENED if _written_in_python(function) else UNHANDLED
+            found = (name, rule)
+            if not compiling:  # a trace must not depend on what was asked before
+                self._found[function] = found
         return found
 
     def around(self, flow: Flow) -> Callable[[Any], Around | None]:
         """For the length of one call: from a function to what takes its place."""
+        known: dict[Any, Around | None] = {}
 
         def of(function: Any) -> Around | None:
+            try:
+                return known[function]
+            except KeyError:
+                pass
             name, rule = self.find(function)
-            if rule is None:
-                return None
-            return lambda func, args, kwargs: rule.call(flow, name, func, args, kwargs)
+            idle = isinstance(rule, Followed) and rule.is_plain and flow.recorder is None
+            found = None if rule is None or idle else partial(rule.call, flow, name)
+            known[function] = found
+            return found
 
         return of
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_found": {}}  # torch's functions do not all travel
 
     def __repr__(self) -> str:
         own = f", rules={self.rules!r}" if self.rules else ""
         return f"FunctionRules(attention={self.attention!r}, gates={self.gates!r}{own})"
 
 
-_OPENED, _UNHANDLED = Opened(), Unhandled()
+_OPENED = Opened()
 
 
-def _table(fixed: bool, signal: bool) -> dict[str, FunctionRule]:
-    followed, passed, gate = Followed(), Passed(), Passed("gate")
-    table: dict[str, FunctionRule] = dict.fromkeys(FOLLOWED, followed)
-    table.update(dict.fromkeys(PASSED, passed))
-    table.update(dict.fromkeys(PASSED & GATES, gate))
-    table.update(dict.fromkeys(PRODUCTS, Product(signal)))
-    table.update(dict.fromkeys(("rsqrt", "reciprocal"), Passed("scale")))
-    table.update(dict.fromkeys(("pow", "float_power"), Power()))
-    table.update(dict.fromkeys(("div", "divide", "truediv"), Quotient()))
-    table.update(dict.fromkeys(("rdiv", "rtruediv"), Quotient(reverse=True)))
-    table.update(dict.fromkeys(("softmax", "softmin", "masked_softmax"), Softmax(fixed)))
-    table["scaled_dot_product_attention"] = Attention(fixed)
-    table["glu"] = GatedLinear(signal)
-    table["var"] = Reduced()
-    # bias + a @ b; and layers whose weights depend on the inputs.
-    table.update(
-        dict.fromkeys(("addmm", "addmv", "addbmm", "baddbmm", "addr", "addcmul"), Sum(1, 2))
+def _known(name: Any) -> str:
+    """A name as it is told; raises :class:`RuleError` where torch has none such."""
+    if isinstance(name, str) and spoken(name) in _names():
+        return spoken(name)
+    close = [known for known in _names() if isinstance(name, str) and name.strip("_") in known]
+    raise RuleError(
+        f"FunctionRules: torch has no function {name!r}."
+        + (f" Did you mean {listed(sorted(close)[:6])}?" if close else "")
     )
-    table.update(dict.fromkeys(CONVOLUTIONS | {"linear"}, Sum(0, 1)))
-    table["bilinear"] = Sum(0, 1, 2)
-    for name, linear in (
-        ("layer_norm", layer_norm),
-        ("rms_norm", rms_norm),
-        ("group_norm", group_norm),
-        ("instance_norm", instance_norm),
-    ):
-        table[name] = Normalised(linear)
-    table["batch_norm"] = BatchNormalised()
-    return table
 
 
-GATES = frozenset({"sigmoid", "hardsigmoid", "tanh", "silu", "gelu", "relu", "mish", "softplus"})
-CONVOLUTIONS = frozenset(
-    f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)
-)
+@lru_cache(maxsize=1)
+def _names() -> frozenset[str]:
+    found = {spoken(f) for functions in get_overridable_functions().values() for f in functions}
+    return frozenset(found | TRANSPARENT | set(table(False, False)))
 
 
-def _written_in_python(function: Any) -> bool:
-    return isinstance(function, types.FunctionType) and any(
-        name.startswith("has_torch_function") for name in function.__code__.co_names
-    )
+def _a_rule(name: str, rule: FunctionRule | None) -> FunctionRule | None:
+    if rule is None or isinstance(rule, FunctionRule):
+        return rule
+    raise RuleError(f"The rule of {name}() must be a FunctionRule or None, got {rule!r}.")
+
+
+# While torch compiles, functions cannot be asked for their names.
+_spoken = torch.compiler.assume_constant_result(spoken)
+_written_in_python = torch.compiler.assume_constant_result(written_in_python)
 
 
 _DEFAULT = FunctionRules()

@@ -38,7 +38,9 @@ def handlers(
     recorder = flow.recorder
 
     def ahead(module: nn.Module, args: tuple[Any, ...]) -> Any:
-        watched = None if recorder is None else recorder.enter(path, module, rule, args)
+        watched = None
+        if recorder is not None:
+            watched = recorder.enter(path, module, rule, args, flow.depends)
         given = args if watched is None else watched
         if in_place and given:
             kept.append(given[0].clone())  # the module is about to overwrite it

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tdhook_like.errors import ConservationError
 from tdhook_like.hooks.structure import leaves, mapped
-from tdhook_like.hooks.surrogate import has_graph, nonzero, unwrapped
+from tdhook_like.hooks.surrogate import has_graph, nonzero, tiny, unwrapped
 
 __all__ = ["Ledger", "Recorder", "Row"]
 
@@ -92,7 +92,9 @@ class Ledger:
             tolerance: The largest gap, as a share of the start's size (at least that of its mean).
         """
         scale = self.start.abs().clamp_min(self.start.abs().mean().clamp_min(1e-30))
-        worst = (self.gap.abs() / scale).max().item() if self.start.numel() else 0.0
+        # A score of exactly zero starts with the stand-in for zero, of which nothing need be left.
+        missing = (self.gap.abs() - tiny(self.start.dtype)).clamp_min(0)
+        worst = (missing / scale).max().item() if self.start.numel() else 0.0
         if not worst <= tolerance:
             raise ConservationError(
                 f"The ledger does not close: {worst:.3g} of the start is unaccounted for, more than "
@@ -167,18 +169,33 @@ class Recorder:
             entry.where, entry.rule = f"{other.where} + {entry.where}", other.rule
             entry.kind = f"{other.kind} + {entry.kind}"
 
-    def enter(self, where: str, module: nn.Module, rule: Any, args: Any) -> Any:
+    def enter(
+        self, where: str, module: nn.Module, rule: Any, args: Any, depends: Callable[[Any], bool]
+    ) -> Any:
         """Ahead of a module's call: its arguments, as copies that are watched."""
-        args = mapped(self._watched, args)
+        inputs: list[Tensor] = []
+
+        def watch(value: Any) -> Any:
+            # Parameters have a graph, too, by which no explained input is reached.
+            if not _flows(value) or not depends(value):
+                return value
+            inputs.append(self._watched(value))
+            return inputs[-1]
+
+        args = mapped(watch, args)
         cause = _cause(rule, module)
-        entry = _Entry(where, type(module).__name__, repr(rule), cause, _floats(args))
+        entry = _Entry(where, type(module).__name__, repr(rule), cause, inputs)
         self._start(entry)
         self._under_way.append(entry)
         return args
 
     def leave(self, result: Any, surrogate: list[Any]) -> None:
         """Behind it: what it gave, and its surrogates' :meth:`values`."""
-        self._finished(self._under_way.pop(), _floats(result), surrogate)
+        entry = self._under_way.pop()
+        if entry.inputs:
+            self._finished(entry, _floats(result), surrogate)
+        else:  # nothing that is explained came in, or none that could be watched (by keyword)
+            self._forget(entry)
 
     def function_inputs(
         self, args: Any, kept: Any, written: bool, depends: Callable[[Any], bool]
@@ -225,6 +242,13 @@ class Recorder:
         if self._under_way:
             self._under_way[-1].inside.append(entry)
         self._entries.append(entry)
+
+    def _forget(self, entry: _Entry) -> None:
+        self._entries = [other for other in self._entries if other is not entry]
+        if self._under_way:
+            outer = self._under_way[-1]
+            kept = [other for other in outer.inside if other is not entry]
+            outer.inside = kept + entry.inside
 
     def tensors(self) -> list[Tensor]:
         """What gradients are needed at."""

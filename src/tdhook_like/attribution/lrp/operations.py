@@ -4,44 +4,38 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from tdhook_like.attribution.lrp.flow import Flow
-from tdhook_like.attribution.lrp.batchnorm import behind, scale_and_shift
-from tdhook_like.attribution.lrp.normalised import batch_norm
+from tdhook_like.attribution.lrp.kinship import is_known, record
+from tdhook_like.attribution.lrp.names import spoken
 from tdhook_like.errors import RuleError
 from tdhook_like.hooks.functional import opened
-from tdhook_like.hooks.structure import mapped
-from tdhook_like.hooks.surrogate import attach, constant, has_graph, nonzero, quotient
+from tdhook_like.hooks.structure import leaves
+from tdhook_like.hooks.surrogate import attach, has_graph
 
 __all__ = [
-    "Attention",
-    "BatchNormalised",
+    "FOLLOWED",
+    "UNHANDLED",
+    "Carried",
+    "Composed",
     "Followed",
     "FunctionRule",
-    "GatedLinear",
-    "Normalised",
     "Opened",
-    "Passed",
-    "Power",
-    "Product",
-    "Quotient",
-    "Reduced",
-    "Softmax",
-    "Sum",
     "Unhandled",
+    "out_of_place",
+    "writes",
 ]
-
-Surrogate = Callable[..., Tensor | None]
 
 
 class FunctionRule:
     """How relevance passes through a torch function. Holds no per-call state.
 
-    Override :meth:`surrogate`.
+    Override :meth:`surrogate`, and give it to ``FunctionRules(rules={"softmax": Halved()})``.
 
     >>> class Halved(FunctionRule):
     ...     def surrogate(self, flow, output, x, *args, **kwargs):
@@ -50,20 +44,30 @@ class FunctionRule:
     Halved()
     """
 
-    #: Whether the surrogate is made for the call and does not keep its result for the backward pass.
+    #: Whether the surrogate is made for the call and its last operation does not keep its result, as
+    #: sums and products don't; it may then be overwritten instead of copied.
     fresh: ClassVar[bool] = False
+    #: What the ledger calls the relevance that is not given on.
+    absorbs: ClassVar[str | None] = None
+    #: Whether its calls are counted, and shown by ``print(context)``.
+    counts: ClassVar[bool] = True
 
-    def surrogate(self, flow: Flow, output: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+    def __init_subclass__(cls) -> None:
+        # What a class says of its surrogate does not hold for that of a subclass.
+        if "surrogate" in vars(cls) and "fresh" not in vars(cls):
+            cls.fresh = False
+
+    def surrogate(self, flow: Flow, output: Any, *args: Any, **kwargs: Any) -> Any:
         """An expression in the arguments, of ``output``'s shape, that is differentiated.
 
         Args:
             flow: Knows which operands depend on the explained inputs: ``flow.depends(x)``.
-            output: What the function gave, connected to the graph.
+            output: What the function gave, connected to the graph: a tensor, or a tuple of them.
             args: Its arguments. One that the function overwrites is given as it was before.
             kwargs: Its keyword arguments.
 
         Returns:
-            The surrogate, or None for the output's own gradient.
+            The surrogate (of a tuple: a tuple of surrogates), or None for the output's own gradient.
         """
         raise RuleError(f"{type(self).__name__} must override surrogate(flow, output, *args).")
 
@@ -71,29 +75,66 @@ class FunctionRule:
         self, flow: Flow, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Calls the function; its result with this rule's gradient."""
-        if not flow.operands(args, kwargs):
+        operands = flow.operands(args, kwargs)
+        if not operands:
             return func(*args, **kwargs)
-        if type(self) is not Followed and type(self) is not Sum:
+        return self.replaced(flow, name, func, args, kwargs, operands)
+
+    def replaced(
+        self,
+        flow: Flow,
+        name: str,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        operands: list[Tensor],
+    ) -> Any:
+        """As :meth:`call`, where some operands depend on the explained inputs."""
+        if self.counts:
             flow.applied[name] += 1
-        kept, written = args, _writes(func, args, kwargs)
-        if written:
-            kept = (args[0].clone(), *args[1:])
-        if flow.recorder is not None:
-            args, kept = flow.recorder.function_inputs(args, kept, written, flow.depends)
+        if writes(func, args, kwargs):
+            # On a copy; what came of it then takes its place. Nothing that the graph kept is changed.
+            if not args:
+                kwargs = dict(kwargs)
+                args = (kwargs.pop("input"),)
+            copied = (args[0].clone(), *args[1:])
+            return args[0].copy_(self.ruled(flow, name, out_of_place(func), copied, kwargs))
+        return self.ruled(flow, name, func, args, kwargs)
+
+    def ruled(
+        self, flow: Flow, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """As :meth:`replaced`, of a function that overwrites nothing."""
+        recorder = flow.recorder
+        if recorder is not None:
+            given = (args, kwargs)
+            args, kwargs = recorder.function_inputs((), given, False, flow.depends)[1]
         output = func(*args, **kwargs)
+        surrogate = self.surrogate(flow, output, *args, **kwargs)
         if not isinstance(output, Tensor):
-            return output
-        surrogate = self.surrogate(flow, output, *kept, **kwargs)
-        if surrogate is None and written and flow.recorder is not None:
-            surrogate = _unwritten(func)(*kept, **kwargs)  # out of place, so that it can be watched
+            return output if surrogate is None else self._each(name, output, surrogate)
         result = output if surrogate is None else self._attached(name, output, surrogate)
-        if flow.recorder is not None:
-            held = result
-            result = flow.recorder.function(name, self, kept, result, surrogate)
-            surrogate = surrogate if result is held else result
-        if written and output is args[0]:
-            return output if surrogate is None else output.copy_(result)
+        if recorder is not None:
+            result = recorder.function(name, self, args, result, surrogate)
+        self.finished(flow, result, args, kwargs)
         return result
+
+    def finished(
+        self, flow: Flow, result: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Told what flows on; nothing by default."""
+
+    def _each(self, name: str, outputs: Any, surrogates: Any) -> Any:
+        """What a function gave that gives several tensors."""
+        if not isinstance(surrogates, tuple | list) or len(surrogates) != len(outputs):
+            raise RuleError(
+                f"{type(self).__name__} on {name}(), which gives {len(outputs)} tensors, must give as "
+                f"many surrogates in a tuple, or None; got {type(surrogates).__name__}."
+            )
+        pairs = zip(outputs, surrogates, strict=True)
+        made = [y if s is None else self._attached(name, y, s) for y, s in pairs]
+        kind: Any = type(outputs)
+        return kind(*made) if hasattr(outputs, "_fields") else kind(made)
 
     def _attached(self, name: str, output: Tensor, surrogate: Tensor) -> Tensor:
         if not isinstance(surrogate, Tensor) or surrogate.shape != output.shape:
@@ -105,310 +146,74 @@ class FunctionRule:
         return attach(output, surrogate, fresh=self.fresh)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
-
-
-class Passed(FunctionRule):
-    """Relevance passes an elementwise function unchanged: ``x · G(y / x)``.
-
-    Source: Achtibat et al. 2024, eq. 9.
-
-    Args:
-        marks: What the result is remembered as: ``"gate"`` or ``"scale"``, or None.
-    """
-
-    fresh = True
-
-    def __init__(self, marks: str | None = None) -> None:
-        self.marks = marks
-
-    def call(self, flow: Flow, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        result = super().call(flow, name, func, args, kwargs)
-        if self.marks:
-            flow.mark(self.marks, result)
-        return result
-
-    def surrogate(self, flow: Flow, output: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-        x = next(value for value in (*args, *kwargs.values()) if flow.depends(value))
-        if x.dtype != output.dtype:
-            x = x.to(output.dtype)
-        if x.shape != output.shape:
-            x = x.expand(output.shape)
-        return x * quotient(nonzero(output), nonzero(x))
-
-
-class Power(Passed):
-    """Powers of a constant exponent pass; negative ones are remembered as scales.
-
-    Where the exponent depends on the inputs, relevance follows the gradient.
-    """
-
-    def call(self, flow: Flow, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        exponent = kwargs.get("exponent", args[1] if len(args) > 1 else None)
-        if flow.depends(exponent):
-            return Unhandled().call(flow, name, func, args, kwargs)
-        result = super().call(flow, name, func, args, kwargs)
-        if isinstance(exponent, int | float) and exponent < 0:
-            flow.mark("scale", result)
-        return result
-
-
-class Product(FunctionRule):
-    """Products of n operands that depend on the inputs share relevance evenly: ``y / n``.
-
-    For everything linear in each operand: ``a * b``, matrix products, einsum. A scale (the result of
-    ``rsqrt``, ``reciprocal``, a negative power) that meets another operand is constant, as are
-    gates where the signal takes all.
-
-    Source: Achtibat et al. 2024, eq. 15; Arras et al. 2017 for gates.
-
-    Args:
-        signal: Whether a gate, the result of an activation function, is constant beside a signal.
-    """
-
-    fresh = True
-
-    def __init__(self, signal: bool = False) -> None:
-        self.signal = signal
-
-    def call(self, flow: Flow, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        operands = flow.operands(args, kwargs)
-        if len(operands) < 2:
-            result = func(*args, **kwargs)
-            for operand in operands:
-                flow.follow(operand, result)
-            return result
-        fixed = self._fixed(flow, operands)
-        if not fixed:
-            return super().call(flow, name, func, args, kwargs)
-        flow.applied[name] += 1
-        if fixed[0] is args[0] and _writes(func, args, kwargs):
-            # What it overwrites is held constant: the result takes its place all the same.
-            return args[0].copy_(_unwritten(func)(constant(args[0]), *args[1:], **kwargs))
-        held = {id(value) for value in fixed}
-        hold = lambda value: constant(value) if id(value) in held else value  # noqa: E731
-        return Product(self.signal).call(flow, name, func, mapped(hold, args), mapped(hold, kwargs))
-
-    def _fixed(self, flow: Flow, operands: list[Tensor]) -> list[Tensor]:
-        for what in ("scale", "gate") if self.signal else ("scale",):
-            found = [value for value in operands if flow.marked(what, value)]
-            if found and len(found) < len(operands):
-                return found
-        return []
-
-    def surrogate(self, flow: Flow, output: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-        return output * (1 / len(flow.operands(args, kwargs)))
+        given = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_"))
+        return f"{type(self).__name__}({given})"
 
 
 class Followed(FunctionRule):
-    """Linear, or picking entries: the function's own gradient is the rule.
+    """Linear, homogeneous of degree one, or picking entries: the function's own gradient is the rule.
 
     Constants that take part (a bias, positions, a mask) absorb their part, which the ledger shows.
+
+    Args:
+        marks: What the result is remembered as: ``"gate"``, or None.
+        unless: Asked with the flow and the arguments, whether the function is none of these; it is
+            reported then.
     """
 
     absorbs = "constant"
+    counts = False
+
+    def __init__(self, marks: str | None = None, unless: Callable[..., bool] | None = None) -> None:
+        self._marks, self._unless = marks, unless
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether there is nothing to be done beside calling the function."""
+        return type(self) is Followed and self._marks is None and self._unless is None
 
     def call(self, flow: Flow, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        if flow.recorder is not None:
-            result = super().call(flow, name, func, args, kwargs)
-        else:
+        if self._unless is not None and self._unless(flow, *args, **kwargs):
+            return UNHANDLED.call(flow, name, func, args, kwargs)
+        if flow.recorder is None:
             result = func(*args, **kwargs)
-        if args:
-            flow.follow(args[0], result)
+        else:
+            result = super().call(flow, name, func, args, kwargs)
+        if self._marks is not None and flow.operands(args, kwargs):
+            flow.mark(self._marks, result)
         return result
 
-    def surrogate(self, flow: Flow, output: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+    def surrogate(self, flow: Flow, output: Any, *args: Any, **kwargs: Any) -> Any:
         return None
 
     def __repr__(self) -> str:
         return ""
 
 
-class Sum(Followed):
-    """A sum and a product in one (``addmm``, ``linear`` with weights that depend on the inputs).
-
-    The operands of the product share their part of relevance; the summand keeps its own.
+class Carried(Followed):
+    """Followed; and what is known of the one operand that matters holds of the result.
 
     Args:
-        factors: The places of the product's operands among the arguments.
+        entrywise: Whether each entry of the result is a function of that in its place.
     """
 
-    def __init__(self, *factors: int) -> None:
-        self.factors = factors
+    def __init__(self, entrywise: bool = False) -> None:
+        super().__init__()
+        self._entrywise = entrywise
 
     def call(self, flow: Flow, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        inside = [i for i in self.factors if i < len(args) and flow.depends(args[i])]
-        if len(inside) > 1:
-            flow.applied[name] += 1
-            share = 1 / len(inside)
-            args = tuple(_shared(a, share) if i in inside else a for i, a in enumerate(args))
-        return super().call(flow, name, func, args, kwargs)
-
-
-class Quotient(FunctionRule):
-    """A denominator that depends on the inputs is constant beside a numerator that does.
-
-    This is how normalisers written out by hand are read: ``x / x.norm()``. Below a constant numerator
-    relevance passes to the denominator, and the result is remembered as a scale.
-
-    Source: Ali et al. 2022, eq. 10, for normalisers.
-
-    Args:
-        reverse: Whether the arguments are denominator, numerator.
-    """
-
-    fresh = True
-
-    def __init__(self, reverse: bool = False) -> None:
-        self.reverse = reverse
-
-    def call(self, flow: Flow, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        above, below = (args[1], args[0]) if self.reverse else (args[0], args[1])
-        if not flow.depends(below):
-            result = func(*args, **kwargs)
-            flow.follow(above, result)
-            return result
-        if not flow.depends(above):
-            result = Passed("scale").call(flow, name, func, args, kwargs)
-            return result
-        flow.applied[name] += 1
-        below = constant(below)
-        return func(*((below, above) if self.reverse else (above, below)), **kwargs)
-
-
-class Softmax(FunctionRule):
-    """Softmax: its gradient is AttnLRP's rule in this signal; or constant, as in CP-LRP.
-
-    Source: Achtibat et al. 2024, eq. 13; Ali et al. 2022, eq. 9, where constant.
-
-    Args:
-        fixed: Whether it is held constant.
-    """
-
-    absorbs = "softmax"
-
-    def __init__(self, fixed: bool = False) -> None:
-        self.fixed = fixed
-
-    def surrogate(self, flow: Flow, output: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-        return constant(output) if self.fixed else None
-
-
-class Attention(FunctionRule):
-    """Scaled dot-product attention as the two products and the softmax that it is made of.
-
-    Queries and keys share what reaches the weights, weights and values share what reaches the
-    output. In terms of the operands' gradients: a quarter, a quarter and a half, without a second
-    evaluation. Held constant, the weights pass nothing.
-
-    Source: Achtibat et al. 2024, section 3.3; Ali et al. 2022, eq. 9, where constant.
-
-    Args:
-        fixed: Whether the attention weights are constant.
-    """
-
-    absorbs = "softmax"
-
-    def __init__(self, fixed: bool = False) -> None:
-        self.fixed = fixed
-
-    def call(self, flow: Flow, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        given = dict(zip(("query", "key", "value"), args, strict=False))
-        rest = args[len(given) :]
-        given |= {key: kwargs.pop(key) for key in ("query", "key", "value") if key in kwargs}
-        q, k, v = given["query"], given["key"], given["value"]
-        by_q, by_k, by_v = (flow.depends(t) for t in (q, k, v))
-        if not (by_q or by_k or by_v):
-            return func(q, k, v, *rest, **kwargs)
-        flow.applied[name] += 1
-        if flow.recorder is not None:
-            q, k, v = flow.recorder.function_inputs((q, k, v), (q, k, v), False, flow.depends)[1]
-        if self.fixed:
-            q, k = constant(q), constant(k)
-        else:
-            weights = 0.5 if by_v else 1.0
-            each = weights / 2 if by_q and by_k else weights
-            q = _shared(q, each) if by_q and each != 1 else q
-            k = _shared(k, each) if by_k and each != 1 else k
-            v = _shared(v, 0.5) if by_v and (by_q or by_k) else v
-        output = func(q, k, v, *rest, **kwargs)
-        if flow.recorder is not None:
-            output = flow.recorder.function(name, self, (), output, None)
-        return output
-
-
-class GatedLinear(FunctionRule):
-    """``a · σ(b)``, the halves of its input: a gate and its signal.
-
-    Args:
-        signal: Whether the gate is constant; else relevance is halved, and passes the sigmoid.
-    """
-
-    fresh = True
-
-    def __init__(self, signal: bool = False) -> None:
-        self.signal = signal
-
-    def surrogate(self, flow: Flow, output: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-        x, dim = args[0], kwargs.get("dim", args[1] if len(args) > 1 else -1)
-        a, b = x.chunk(2, dim)
-        gate = constant(b).sigmoid()
-        if self.signal:
-            return a * gate
-        passed = b * quotient(nonzero(gate), nonzero(b))
-        return (a * gate + constant(a) * passed) * 0.5
-
-
-class Reduced(FunctionRule):
-    """A product over entries of one tensor, and other functions homogeneous of a known degree.
-
-    Euler: ``Σ x ∂y/∂x = degree · y``, so the gradient over the degree conserves relevance.
-    """
-
-    fresh = True
-
-    def surrogate(self, flow: Flow, output: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-        return output * 0.5
-
-
-class Normalised(FunctionRule):
-    """A normalisation with its statistics held constant.
-
-    Source: Ali et al. 2022, eq. 10; Achtibat et al. 2024, proposition 3.4.
-
-    Args:
-        linear: From the function's arguments to the normalisation, linear in the first.
-    """
-
-    def __init__(self, linear: Surrogate) -> None:
-        self.linear = linear
-
-    def surrogate(self, flow: Flow, output: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-        return self.linear(flow, output, *args, **kwargs)
-
-
-class BatchNormalised(FunctionRule):
-    """Batch normalisation: part of the layer whose output it is called with, else affine.
-
-    Source: Hui & Binder 2019, section 3; see :class:`BatchNormRule`.
-    """
-
-    absorbs = "bias"
-
-    def surrogate(self, flow: Flow, output: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-        names = ("input", "running_mean", "running_var", "weight", "bias", "training")
-        given = {**dict(zip((*names, "momentum", "eps"), args, strict=False)), **kwargs}
-        given.pop("momentum", None)
-        given.pop("cudnn_enabled", None)
-        x, mean, variance = (given[name] for name in names[:3])
-        if given.get("training") or mean is None:
-            return batch_norm(flow, output, **{**given, "training": True})
-        weight, bias = given.get("weight"), given.get("bias")
-        scale, shift = scale_and_shift(mean, variance, weight, bias, given.get("eps", 1e-5))
-        found = behind(flow, x, output, scale, shift)
-        if found is None:
-            flow.normalised(output, x, scale, shift)
-        return found
+        result = super().call(flow, name, func, args, kwargs)
+        mode = flow.mode
+        for value in args[:2] if self._entrywise else args[:1]:
+            related = self._entrywise and is_known(mode, value)
+            marked = flow.marked("scale", value) or flow.marked("gate", value)
+            operands = flow.operands(args, kwargs) if marked or related else []
+            if marked and len(operands) == 1:
+                for part in result if isinstance(result, tuple | list) else (result,):
+                    flow.follow(value, part)
+            if related:
+                record(mode, result, operands)
+        return result
 
 
 class Opened(FunctionRule):
@@ -422,38 +227,93 @@ class Opened(FunctionRule):
             return opened(func)(*args, **kwargs)
 
 
+class Composed(FunctionRule):
+    """A function as others that it could be made of, each of which has its own rule.
+
+    Args:
+        made_of: From the function's arguments to an expression of the same value.
+    """
+
+    def __init__(self, made_of: Callable[..., Tensor]) -> None:
+        self._made_of = made_of
+
+    def ruled(self, flow: Flow, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+        if flow.mode is None:
+            return self._attached(name, func(*args, **kwargs), self._made_of(*args, **kwargs))
+        with torch.no_grad():
+            output = func(*args, **kwargs)
+        with flow.mode:
+            surrogate = self._made_of(*args, **kwargs)
+        return self._attached(name, output, surrogate)
+
+    def surrogate(self, flow: Flow, output: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._made_of(*args, **kwargs)
+
+
 class Unhandled(FunctionRule):
     """Non-linear, and nobody knows better: follows the gradient, and is reported."""
 
     def call(self, flow: Flow, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         operands = flow.operands(args, kwargs)
         result = func(*args, **kwargs)
-        for value in _tensors(result) if operands else ():
+        for value in leaves(result) if operands else ():
             if isinstance(value, Tensor) and has_graph(value):
                 flow.missing(name, value)
         return result
 
 
-def _shared(x: Tensor, share: float) -> Tensor:
-    """``x``, with a share of its gradient."""
-    return attach(x, x * share, fresh=True)
+FOLLOWED, UNHANDLED = Followed(), Unhandled()
 
 
-def _writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a function may overwrite its first argument."""
-    name = getattr(func, "__name__", "")
-    if name.startswith("__i") and name not in ("__invert__", "__index__", "__int__"):
-        return True
+def writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call overwrites its first argument.
+
+    >>> x = torch.zeros(1)
+    >>> writes(torch.Tensor.tanh_, (x,), {}), writes(torch.Tensor.tanh, (x,), {})
+    (True, False)
+    >>> writes(torch.nn.functional.relu, (x, True), {})
+    True
+    """
+    place = _flag_of(func)
+    if place is None:
+        return False
+    return place == _ALWAYS or (args[place] if place < len(args) else kwargs.get("inplace")) is True
+
+
+_ALWAYS = -1
+
+
+@lru_cache(maxsize=4096)
+def _flag(func: Any) -> int | None:
+    """Where the flag stands that makes a function overwrite its argument, if it can at all."""
+    name = getattr(func, "__name__", "").partition(".")[0]
+    if name == "__setitem__" or (name.startswith("__i") and spoken(name) != name.strip("_")):
+        return _ALWAYS
     if name.endswith("_") and not name.endswith("__"):
-        return True
-    flag = kwargs.get("inplace", False) is True
-    return flag or (isinstance(func, types.FunctionType) and any(a is True for a in args[1:]))
+        return _ALWAYS
+    if isinstance(func, types.FunctionType):
+        taken = func.__code__.co_varnames[: func.__code__.co_argcount]
+        if "inplace" in taken:
+            return taken.index("inplace")
+    return None
 
 
-def _unwritten(func: Any) -> Any:
-    """The function on a copy of its first argument."""
-    return lambda x, *args, **kwargs: func(x.clone(), *args, **kwargs)
+@torch.compiler.assume_constant_result  # while torch compiles, functions have no names
+def _flag_of(func: Any) -> int | None:
+    return _flag(func)
 
 
-def _tensors(result: Any) -> list[Any]:
-    return list(result) if isinstance(result, tuple | list) else [result]
+def out_of_place(func: Any) -> Any:
+    """The function on a copy of its first argument.
+
+    >>> x = torch.zeros(2)
+    >>> out_of_place(torch.Tensor.cos_)(x), x
+    (tensor([1., 1.]), tensor([0., 0.]))
+    """
+
+    def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        copied = x.clone()
+        result = func(copied, *args, **kwargs)
+        return copied if result is None else result
+
+    return call

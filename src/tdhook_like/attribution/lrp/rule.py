@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tdhook_like.errors import RuleError
 from tdhook_like.hooks.structure import leaves, mapped
-from tdhook_like.hooks.surrogate import attach, has_graph, nonzero
+from tdhook_like.hooks.surrogate import attach, differentiated_again, has_graph, nonzero
 
 __all__ = ["Inputs", "RemovableRuleHandle", "Rule", "RuleMapper", "registered"]
 
@@ -272,6 +272,11 @@ def _through_relevance(rule: Rule, module: nn.Module, inputs: Inputs, output: An
         raise RuleError(
             f"{rule!r} on {type(module).__name__}: a rule written as relevance() cannot run inside vmap "
             "or other function transforms, as agents and ensembles do. Write it as surrogate()."
+        )
+    if differentiated_again():
+        raise RuleError(
+            f"{rule!r} on {type(module).__name__}: what a rule written as relevance() gives cannot be "
+            "differentiated again, as create_graph=True asks for. Write it as surrogate()."
         )
     plain = Inputs(mapped(_detached, tuple(inputs)), mapped(_detached, inputs.kwargs))
     job = _Job(rule, module, plain, mapped(_detached, output), isinstance(output, Tensor))

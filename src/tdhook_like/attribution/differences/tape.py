@@ -1,0 +1,256 @@
+"""The tape: what every non-linear function of a model was given at the baseline, call by call."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from tdhook_like.attribution.lrp.flow import Flow
+from tdhook_like.errors import ModelError
+from tdhook_like.hooks.functional import Functions
+from tdhook_like.hooks.structure import leaves, mapped
+from tdhook_like.hooks.surrogate import attach, has_graph
+from tdhook_like.hooks.wrapping import above, wrapped
+
+__all__ = ["DifferenceRule", "Tape"]
+
+
+class Tape:
+    """Two runs of one model: the first is recorded, the second is compared with it.
+
+    Both have to call the same functions in the same order.
+
+    Args:
+        find: From a torch function to its name and its rule, None where the function is linear.
+
+    Attributes:
+        recording: Whether this is the first run.
+        flow: Knows which tensors of the second run depend on the explained inputs.
+        unhandled: Non-linear functions without a rule that were met, by name.
+    """
+
+    def __init__(self, find: Callable[[Any], tuple[str, DifferenceRule | None]]) -> None:
+        self.recording = True
+        self.flow = Flow()
+        self.unhandled: Counter[str] = Counter()
+        self._find = find
+        self._entries: list[_Entry] = []
+        self._next = 0
+        self.mode = _Watching(self._around)
+
+    def compare(self) -> None:
+        """From here on, runs are compared with what was recorded."""
+        self.recording, self._next, self.flow = False, 0, Flow()
+
+    def keep(self, name: str, given: Any, output: Any) -> None:
+        """Takes down what a function was given and gave."""
+        self._entries.append(_Entry(name, mapped(_kept, given), mapped(_kept, output)))
+
+    def take(self, name: str, shapes: Any) -> tuple[Any, Any]:
+        """What the function was given at this point of the first run, and what it gave.
+
+        Raises:
+            ModelError: If the first run called something else here.
+        """
+        entry = self._entries[self._next] if self._next < len(self._entries) else None
+        self._next += 1
+        if entry is None or entry.name != name:
+            raise ModelError(
+                f"The model calls {name}() at the input where it calls "
+                f"{entry.name + '()' if entry else 'nothing more'} at the baseline: its path depends on "
+                "its inputs, so the two cannot be compared. Take a nearer baseline, or another method."
+            )
+        given, output = mapped(_again, entry.given), mapped(_again, entry.output)
+        for here, there in zip(leaves(shapes), leaves(given), strict=True):
+            if isinstance(here, Tensor) and here.shape != there.shape:
+                raise ModelError(
+                    f"The model calls {name}() with shape {tuple(here.shape)} at the input and "
+                    f"{tuple(there.shape)} at the baseline, so the two cannot be compared."
+                )
+        return given, output
+
+    def protect(self, target: Any) -> None:
+        """Copies what was kept of a tensor that is about to be overwritten."""
+        if not isinstance(target, Tensor):
+            return
+        storage = _storage(above(target)[0])
+        if storage is None:
+            return
+
+        def saved(item: Any) -> Any:
+            if isinstance(item, _Held) and _storage(item.tensor) == storage:
+                return _Held(item.tensor.clone(), item.wrappers)
+            return item
+
+        for entry in self._entries:
+            entry.given, entry.output = mapped(saved, entry.given), mapped(saved, entry.output)
+
+    def _around(self, function: Any) -> Callable[..., Any] | None:
+        name, rule = self._find(function)
+        if rule is None:
+            return None
+        return lambda func, args, kwargs: rule.call(self, name, func, args, kwargs)
+
+
+class _Watching(Functions):
+    """As its base, but also where no graph is built, and for more than one block."""
+
+    def close(self) -> None:
+        """Nothing: the tape goes on."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if self.running:
+            around = self._find(func)
+            if around is not None:
+                return around(func, args, kwargs or {})
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+
+class DifferenceRule:
+    """How a difference passes through a torch function. Holds no per-call state.
+
+    Override :meth:`surrogate`, and :meth:`concerns` where some calls are linear.
+    """
+
+    #: Whether the surrogate is made for the call and does not keep its result for the backward pass.
+    fresh: ClassVar[bool] = False
+
+    def concerns(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call is to be looked at; must be the same in both runs."""
+        return True
+
+    def surrogate(
+        self,
+        tape: Tape,
+        func: Any,
+        output: Any,
+        before: Any,
+        there: tuple[tuple[Any, ...], dict[str, Any]],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """An expression in the arguments whose gradients are the multipliers.
+
+        Args:
+            tape: Knows which arguments depend on the explained inputs: ``tape.flow.depends(x)``.
+            func: The function.
+            output: What it gave.
+            before: What it gave at the baseline; no graph.
+            there: Its arguments at the baseline, ``(args, kwargs)``; no graph.
+            args: Its arguments. One that the function overwrites is given as it was before.
+            kwargs: Its keyword arguments.
+
+        Returns:
+            The surrogate, of the output's structure, or None for the function's own gradient.
+        """
+        raise NotImplementedError
+
+    def call(
+        self, tape: Tape, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Calls the function; in the second run, its result with this rule's gradient."""
+        writes = overwrites(func, args, kwargs)
+        if tape.recording and writes:
+            tape.protect(args[0])
+        if not self.concerns(args, kwargs):
+            return func(*args, **kwargs)
+        kept = (args[0].clone(), *args[1:]) if writes else args
+        if tape.recording:
+            output = func(*args, **kwargs)
+            tape.keep(name, (kept, kwargs), output)
+            return output
+        there, before = tape.take(name, (args, kwargs))
+        # What it overwrites is overwritten by the result, not by what it is computed from.
+        output = func(args[0].clone(), *args[1:], **kwargs) if writes else func(*args, **kwargs)
+        result = self._compared(tape, func, output, before, there, kept, kwargs)
+        return args[0].copy_(result) if writes else result
+
+    def _compared(
+        self, tape: Tape, func: Any, output: Any, before: Any, there: Any, args: Any, kwargs: Any
+    ) -> Any:
+        if not any(isinstance(v, Tensor) and has_graph(v) for v in leaves(output)):
+            return output
+        surrogate = self.surrogate(tape, func, output, before, there, args, kwargs)
+        if surrogate is None:
+            return output
+        if not isinstance(output, Tensor):
+            return mapped(lambda y, s: y if s is None else attach(y, s), output, surrogate)
+        return attach(output, surrogate, fresh=self.fresh)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+class Overwriting(DifferenceRule):
+    """Linear, but in place: what was kept of its first argument is copied first."""
+
+    def concerns(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        return False
+
+
+def overwrites(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a function may overwrite its first argument.
+
+    >>> overwrites(torch.Tensor.relu_, (torch.ones(1),), {}), overwrites(torch.relu, (), {})
+    (True, False)
+    """
+    if not args or not isinstance(args[0], Tensor):
+        return False
+    if named_in_place(func) or kwargs.get("inplace", False) is True:
+        return True
+    return callable(func) and hasattr(func, "__code__") and any(a is True for a in args[1:])
+
+
+def named_in_place(func: Any) -> bool:
+    """Whether a function's name says that it overwrites its first argument.
+
+    >>> named_in_place(torch.Tensor.add_), named_in_place(torch.Tensor.__iadd__)
+    (True, True)
+    """
+    name = getattr(func, "__name__", "")
+    if name.startswith("__"):
+        return name == "__setitem__" or name.startswith("__i") and name not in _NO_WRITES
+    return name.endswith("_")
+
+
+_NO_WRITES = ("__invert__", "__index__", "__int__")
+
+
+class _Entry:
+    __slots__ = ("given", "name", "output")
+
+    def __init__(self, name: str, given: Any, output: Any) -> None:
+        self.name, self.given, self.output = name, given, output
+
+
+class _Held:
+    """A tensor of the first run, without the wrappers of the vmaps that it was seen in."""
+
+    __slots__ = ("tensor", "wrappers")
+
+    def __init__(self, tensor: Tensor, wrappers: list[tuple[int, int]]) -> None:
+        self.tensor, self.wrappers = tensor, wrappers
+
+
+def _kept(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    raw, wrappers = above(value)
+    return _Held(raw.detach() if raw.requires_grad else raw, wrappers)
+
+
+def _again(item: Any) -> Any:
+    return wrapped(item.tensor, item.wrappers) if isinstance(item, _Held) else item
+
+
+def _storage(t: Tensor) -> int | None:
+    try:
+        return t.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):
+        return None
