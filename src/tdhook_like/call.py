@@ -256,6 +256,7 @@ class Call:
             stopped=context.plan is not None and context.plan.stops,
             twice=self._twice,
             recorder=self._flow.recorder,
+            at=tuple(context.at.modules) if context.at is not None else (),
         )
         return evaluation, targets
 
@@ -277,8 +278,8 @@ class Call:
         evaluation: Evaluation,
         targets: TargetColumns,
     ) -> Written:
-        self._check_reached()
         attribution = method.attribute(evaluation)
+        self._check_reached()  # what has no rule is counted once relevance arrives there
         self._context.ledger = attribution.ledger
         return self._result(attribution, targets, evaluation.outputs, evaluation.captured)
 
@@ -486,7 +487,9 @@ class Call:
         if self._method.unreached == "raise":
             plan.check_reached(flow.reached)
         context.applied = flow.applied
-        new = [name for name in flow.unhandled if name not in context.unhandled]
+        # What is only said is said once; what is an error is one at every call.
+        said = context.unhandled if self._method.unhandled == "warn" else ()
+        new = [name for name in flow.unhandled if name not in said]
         context.unhandled = context.unhandled | flow.unhandled
         if new and self._method.unhandled != "ignore":
             report(self._method, new)

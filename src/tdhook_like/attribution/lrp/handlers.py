@@ -23,9 +23,7 @@ from tdhook_like.hooks.surrogate import attach
 __all__ = ["handlers"]
 
 
-def handlers(
-    path: str, rule: Rule, flow: Flow, *, in_place: bool
-) -> tuple[Before | None, Handler]:
+def handlers(path: str, rule: Rule, flow: Flow, *, in_place: bool) -> tuple[Before | None, Handler]:
     """Handlers for one module with a rule, for one call.
 
     Args:
@@ -48,9 +46,7 @@ def handlers(
             kept.append(None)
         return watched
 
-    def after(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         flow.reached.add(path)
         if in_place:
             if not kept:
@@ -62,7 +58,8 @@ def handlers(
         watched: list[Any] = []
         watch = None
         if recorder is not None:
-            watch = lambda surrogate: watched.extend(recorder.values(surrogate))  # noqa: E731
+            values = recorder.values
+            watch = lambda surrogate: watched.extend(values(surrogate))  # noqa: E731
         try:
             result = _applied(rule, flow, module, Inputs(args, kwargs), output, watch)
         except RuleError as error:

@@ -115,8 +115,9 @@ class Ledger:
         table.append(("(no rule)", "", "", "", "", sums[2]))
         widths = [max(len(line[i]) for line in table) for i in range(5)]
         return "\n".join(
-            "  ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[5]])
-            .rstrip()
+            "  ".join(
+                [*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[5]]
+            ).rstrip()
             for line in table
         )
 
@@ -253,7 +254,9 @@ class Recorder:
     def tensors(self) -> list[Tensor]:
         """What gradients are needed at."""
         return [
-            unwrapped(tensor)[0] for entry in self._entries for tensor in (*entry.inputs, *entry.outputs)
+            unwrapped(tensor)[0]
+            for entry in self._entries
+            for tensor in (*entry.inputs, *entry.outputs)
         ]
 
     def close(
@@ -278,10 +281,11 @@ class Recorder:
             at_outputs = [g[place + n : place + n + m] for g in grads]
             out = _total(entry.outputs, at_outputs, batch, start)
             absorbed = {}
-            if all(s is not None for s in entry.surrogates) and entry.surrogates:
+            surrogates = [s for s in entry.surrogates if s is not None]
+            if surrogates and len(surrogates) == len(entry.surrogates):
                 lost = [
                     nonzero(unwrapped(y)[0]) - s
-                    for y, s in zip(entry.outputs, entry.surrogates, strict=True)
+                    for y, s in zip(entry.outputs, surrogates, strict=True)
                 ]
                 absorbed["stabiliser"] = _total(
                     entry.outputs, at_outputs, batch, start, lambda i, lost=lost: lost[i]

@@ -157,6 +157,7 @@ FOLLOWED = _words(
     adaptive_max_pool3d_with_indices fractional_max_pool2d fractional_max_pool3d
     fractional_max_pool2d_with_indices fractional_max_pool3d_with_indices
     max_unpool1d max_unpool2d max_unpool3d lp_pool1d lp_pool2d lp_pool3d checkpoint
+    pack_padded_sequence pad_packed_sequence
     """
 )
 

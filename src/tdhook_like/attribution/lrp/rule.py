@@ -268,10 +268,12 @@ def is_float(value: Any) -> bool:
 def _through_relevance(rule: Rule, module: nn.Module, inputs: Inputs, output: Any) -> Any:
     """The output behind a node that turns gradients into relevance, asks the rule, and back."""
     tensors = inputs.tensors
-    if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors):  # pyright: ignore
+    compiling = torch.compiler.is_compiling()
+    if compiling or any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors):  # pyright: ignore
         raise RuleError(
             f"{rule!r} on {type(module).__name__}: a rule written as relevance() cannot run inside vmap "
-            "or other function transforms, as agents and ensembles do. Write it as surrogate()."
+            "or other function transforms, as agents and ensembles do, and cannot be compiled. Write it "
+            "as surrogate()."
         )
     if differentiated_again():
         raise RuleError(

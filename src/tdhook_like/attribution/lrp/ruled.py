@@ -17,22 +17,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tensordict import TensorDictParams
 from torch import Tensor, nn
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.autograd import forward_ad
 
 from tdhook_like.attribution.lrp.batchnorm import BatchNormRule
 from tdhook_like.attribution.lrp.flow import Flow
+from tdhook_like.attribution.lrp.following import follow, left
 from tdhook_like.attribution.lrp.functions import FunctionRules, functions_of
 from tdhook_like.attribution.lrp.handlers import handlers
 from tdhook_like.attribution.lrp.mappers import EpsilonPlus
+from tdhook_like.attribution.lrp.once import TWICE, levels, once
 from tdhook_like.attribution.lrp.plan import Planned, RulePlan
 from tdhook_like.attribution.lrp.rule import RuleMapper, is_float
 from tdhook_like.errors import ContextError, InputError, ModelError, RuleError, TargetError
 from tdhook_like.hooks.functional import Functions, open_all
 from tdhook_like.hooks.installation import Before, Handler
-from tdhook_like.hooks.structure import leaves, mapped
+from tdhook_like.hooks.structure import mapped
 from tdhook_like.hooks.surrogate import (
     Twice,
     differentiated_again,
@@ -119,7 +118,9 @@ class RuledModel(nn.Module):
         # Relevance may start at outputs that are zero: nobody has said yet where it starts.
         self.plan = RulePlan(model, self.rule_mapper, feeds_zeros=True)
         self.functions = functions_of(self.rule_mapper) if functions is None else functions
-        self._folds = any(isinstance(p.rule, BatchNormRule) and p.rule.fold for p in self.plan.lines)
+        self._folds = any(
+            isinstance(p.rule, BatchNormRule) and p.rule.fold for p in self.plan.lines
+        )
         if self.plan.calls_functions:
             open_all()
         self._given = functions
@@ -131,12 +132,13 @@ class RuledModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model gives; its gradient is relevance per unit of activation."""
         compiling, again = torch.compiler.is_compiling(), differentiated_again()
+        grads = torch.is_grad_enabled()
         for copied, original in self._pairs:
-            _follow(copied, original, again)
-        if not torch.is_grad_enabled():
+            follow(copied, original, again or not grads)
+        if not grads:
             return self._stand_in[0](*args, **kwargs)
         # Compiled, an argument does not say that it is differentiated; what is made of it does.
-        seen = _viewed if compiling else _once
+        seen = _viewed if compiling else once
         if not again:
             args, kwargs = mapped(seen, args), mapped(seen, kwargs)
         flow = _RuledFlow()
@@ -153,7 +155,7 @@ class RuledModel(nn.Module):
             self._current.run = outer
             if compiling:
                 for copied, original in self._pairs:
-                    _left(copied, original)
+                    left(copied, original)
         if not compiling:
             self._check(flow)
         return output
@@ -191,7 +193,7 @@ class RuledModel(nn.Module):
         if self.unhandled == "raise":
             raise RuleError(text)
         self._told.update(new)
-        warnings.warn(text, UserWarning, stacklevel=4)
+        warnings.warn(text, UserWarning, stacklevel=5)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy stands for the copied model, with copies of its own.
@@ -247,7 +249,7 @@ def relevance(
         raise InputError(f"relevance() attributes floating-point tensors, and was given {kinds}.")
     points = [inputs[i] for i in at]
     if not torch.compiler.is_compiling():
-        _check_levels(points, create_graph)
+        _checklevels(points, create_graph)
 
     def of(*values: Tensor) -> Tensor:
         given = list(inputs)
@@ -311,7 +313,7 @@ def _one_tensor(output: Any) -> Tensor:
     )
 
 
-def _check_levels(points: list[Tensor], create_graph: bool) -> None:
+def _checklevels(points: list[Tensor], create_graph: bool) -> None:
     for x in points:
         if not torch._C._functorch.is_functorch_wrapped_tensor(x):  # pyright: ignore[reportAttributeAccessIssue]
             continue
@@ -320,8 +322,8 @@ def _check_levels(points: list[Tensor], create_graph: bool) -> None:
                 "relevance(create_graph=True) builds a graph of autograd's, which torch.func's "
                 "transforms do not see. Differentiate it by torch.autograd.grad or backward()."
             )
-        if _levels(x):
-            raise ContextError(_TWICE)
+        if levels(x):
+            raise ContextError(TWICE)
 
 
 # --- what a call's rules find --------------------------------------------------------------------
@@ -390,127 +392,9 @@ class _Ruled:
         return result
 
 
-# --- following the model -------------------------------------------------------------------------
-
-
-def _follow(copied: Any, original: Any, again: bool) -> None:
-    """Lets a copied module read what the original holds now."""
-    if isinstance(original, TensorDictParams):
-        if not torch.compiler.is_compiling():
-            held: Any = original._param_td
-            vars(copied)["_param_td"] = held.copy() if again else held.detach()
-        return
-    if copied.training is not original.training:
-        copied.training = original.training
-    own, buffers = copied._parameters, copied._buffers
-    for name in own:
-        # Not from _parameters alone: what is lent for a call (functional_call, vmapped weights) may
-        # stand elsewhere.
-        value = getattr(original, name)
-        own[name] = value if again or value is None else _detached(value)
-    if isinstance(original, nn.RNNBase):
-        copied._flat_weights = [own.get(name) for name in original._flat_weights_names]
-    writes = original.training or not type(original).__module__.startswith("torch.nn.")
-    for name, value in original._buffers.items():
-        if isinstance(value, Tensor):
-            value = value.detach().clone() if writes else value
-        buffers[name] = value
-
-
-def _detached(value: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():
-        return value.detach()
-    inside = torch._C._functorch.maybe_current_level() is not None  # pyright: ignore[reportAttributeAccessIssue]
-    if not inside or torch._C._functorch.is_functorch_wrapped_tensor(value):  # pyright: ignore[reportAttributeAccessIssue]
-        return value.detach()
-    # Not wrapped by a transform that other threads know nothing of.
-    with temporarily_clear_interpreter_stack():
-        return value.detach()
-
-
-def _left(copied: Any, original: Any) -> None:
-    """Takes back what was lent: what is made in a graph must not stay behind in modules."""
-    if not isinstance(original, TensorDictParams):
-        for name in copied._parameters:
-            copied._parameters[name] = getattr(original, name)
-        if isinstance(original, nn.RNNBase):
-            copied._flat_weights = original._flat_weights
-        for name, value in original._buffers.items():
-            copied._buffers[name] = value
-
-
 def _viewed(value: Any) -> Any:
     return value.view_as(value) if is_float(value) else value
 
 
-# --- once only -----------------------------------------------------------------------------------
-
-
-def _levels(x: Tensor) -> int:
-    """How many transforms differentiate with respect to a tensor."""
-    found = 0
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):  # pyright: ignore[reportAttributeAccessIssue]
-        found += x.requires_grad
-        x = torch._C._functorch.get_unwrapped(x)  # pyright: ignore[reportAttributeAccessIssue]
-    return found
-
-
-def _once(value: Any) -> Any:
-    """An input whose gradient refuses to be differentiated."""
-    if not is_float(value):
-        return value
-    if forward_ad._current_level >= 0:
-        raise ContextError(
-            "A RuledModel has a gradient, and no derivative in forward mode (jvp, jacfwd, hessian): take "
-            "torch.func.vjp or jacrev."
-        )
-    if not has_graph(value):
-        return value
-    if _levels(value) > 1:
-        raise ContextError(_TWICE)
-    return _Once.apply(value)
-
-
-class _Once(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:  # pyright: ignore
-        return x.clone()  # not a view: the model may write into it
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore
-        # Gradients are on only where this pass is to be differentiated (transforms always are).
-        return _Refused.apply(grad, *ctx.saved_tensors) if torch.is_grad_enabled() else grad
-
-
-class _Refused(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(grad: Tensor, x: Tensor) -> Tensor:  # pyright: ignore
-        return grad.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore
-        raise ContextError(_TWICE)
-
-
-_TWICE = (
-    "The gradient of a RuledModel cannot be differentiated: rules hold factors constant that depend on "
-    "the inputs. Take relevance(..., create_graph=True), or LRP(..., create_graph=True) on keys."
-)
-
-
 def _rebuilt(model: nn.Module, mapper: Any, functions: Any, unreached: str, unhandled: str) -> Any:
-    return RuledModel(
-        model, mapper, functions=functions, unreached=unreached, unhandled=unhandled
-    )
+    return RuledModel(model, mapper, functions=functions, unreached=unreached, unhandled=unhandled)
