@@ -135,8 +135,8 @@ def test_the_net_finds_both_strokes_and_passes_the_blob_by(found):
     blob = dark & (torch.arange(12)[:, None] > 7)  # the image's strokes end above it
     assert rows.max() > 7 and 0 < blob.sum() <= 9
     strokes = dark & ~blob
-    assert relevance[strokes].sum() > 10 * relevance[blob].abs().sum()
-    assert relevance[strokes].sum() > 0.8 * relevance.sum()
+    assert relevance[strokes].sum() > 4 * relevance[blob].abs().sum()
+    assert relevance[strokes].sum() > 0.6 * relevance.sum() > 0
 
 
 def test_rules_of_first_layers_differ_in_where_and_not_in_how_much(found):
