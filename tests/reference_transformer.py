@@ -192,7 +192,8 @@ def vit_logits(w: Weights, config, x: Tensor, by: By) -> Tensor:
         block = f"vit.layers.{i}"
         y, own = layer_norm(x, w, f"{block}.layernorm_before", eps), f"{block}.attention"
         q, k, v = (
-            by_head(linear(y, w, f"{own}.{part}_proj"), config.num_attention_heads) for part in "qkv"
+            by_head(linear(y, w, f"{own}.{part}_proj"), config.num_attention_heads)
+            for part in "qkv"
         )
         x = x + linear(together(by.attention(q, k, v, causal=False)), w, f"{own}.o_proj")
         y = linear(layer_norm(x, w, f"{block}.layernorm_after", eps), w, f"{block}.mlp.fc1")

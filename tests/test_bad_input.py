@@ -340,9 +340,6 @@ PATHS = [
         InputError, ("'module.scale'", "(1,)", "(5,)", "batch")),
     Wrong("a submodule that is never called", method(lambda: value_of(at="module.idle")), PathError,
         ("'module.idle'", "never called")),
-    Wrong("submodules with integrated gradients",
-        method(lambda: IntegratedGradients(VALUE, at="module.head")), ContextError,
-        ("IntegratedGradients", "at=", "LRP")),
 ]  # fmt: skip
 
 TARGETS = [

@@ -6,6 +6,7 @@ The reference is the public road of one hooked call after another.
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import shutil
 import threading
@@ -25,12 +26,17 @@ from rule_records import RECORDS, Record
 from rule_samples import Sample, only
 from tdhook_like import LRP, InputXGradient, IntegratedGradients, Saliency
 from tdhook_like.attribution.lrp import (
+    CPLRP,
     AttnLRP,
+    BetaSmoothMapper,
+    DeconvnetMapper,
     EpsilonGammaBox,
     EpsilonPlus,
     EpsilonRule,
     GammaRule,
+    GuidedBackpropMapper,
     Inputs,
+    PolicyMapper,
     Rule,
     RuleMapper,
     SignalTakesAllRule,
@@ -313,6 +319,7 @@ def compiling() -> Iterator[None]:
         warnings.simplefilter("ignore")
         yield
     torch._dynamo.reset()
+    gc.collect()
 
 
 @pytest.mark.usefixtures("compiling")
@@ -375,6 +382,22 @@ def test_vmap_and_jacrev_of_relevance_compile_too():
     assert_same(torch.compile(each, fullgraph=True, backend="aot_eager")(x), each(x))
     alone = torch.func.vmap(lambda x: relevance(ruled, x, start="value"))
     assert_same(torch.compile(alone, fullgraph=True, backend="aot_eager")(x), alone(x))
+
+
+@pytest.mark.usefixtures("compiling")
+@pytest.mark.parametrize(
+    "mapper",
+    [GuidedBackpropMapper(), DeconvnetMapper(), BetaSmoothMapper(), CPLRP(), PolicyMapper()],
+)
+def test_mappers_with_functions_of_their_own_compile(mapper: RuleMapper):
+    net, xs = TwoInputs().double(), [torch.randn(3, n, dtype=F64) for n in (6, 5)]
+    net.act = nn.ReLU()  # what mappers of rectifiers look for
+    ruled = RuledModel(net, mapper, unreached="ignore")
+
+    def explain(*x: Tensor) -> tuple[Tensor, ...]:
+        return relevance(ruled, *x, start="value")
+
+    assert_same(torch.compile(explain, fullgraph=True, backend="aot_eager")(*xs), explain(*xs))
 
 
 @pytest.mark.usefixtures("compiling")
@@ -548,11 +571,12 @@ def test_the_model_stays_as_it_was(case: Case):
 
 
 @pytest.mark.parametrize("by", [copy.deepcopy, lambda r: pickle.loads(pickle.dumps(r))])
-def test_a_copy_stands_for_a_model_of_its_own(by: Callable[[RuledModel], RuledModel]):
-    net, (x,) = CASES["convolutional"].made()
-    ruled = RuledModel(net)
-    other = by(ruled)
+@pytest.mark.parametrize("name", ["convolutional", "attention"])
+def test_a_copy_stands_for_a_model_of_its_own(by: Callable[[RuledModel], RuledModel], name: str):
+    net, (x,) = CASES[name].made()
+    ruled = RuledModel(net, CASES[name].mapper)
     want = relevance(ruled, x, start="value")
+    other = by(ruled)
     assert_same(relevance(other, x, start="value"), want)
     with torch.no_grad():
         for parameter in other.parameters():
@@ -710,7 +734,10 @@ def test_a_rule_that_is_written_as_relevance_says_that_it_cannot_be_transformed(
     net, x = nn.Linear(3, 3), torch.randn(2, 3)
     ruled = RuledModel(net, only(net, Written()))
     with pytest.raises(RuleError, match=r"Written\(\) on Linear.*Write it as surrogate\(\)"):
-        relevance(ruled, x, start="value")
+        torch.func.vjp(ruled, x)
+    with pytest.raises(RuleError, match=r"create_graph=True.*surrogate\(\)"):
+        relevance(ruled, x, start="value", create_graph=True)
+    assert_same(relevance(ruled, x, start="value"), net(x).detach(), 1e-5)
     leaf = x.clone().requires_grad_()
     (g,) = torch.autograd.grad(ruled(leaf).sum(), leaf)  # autograd itself is no transform
     assert_same(x * g, net(x).detach(), 1e-5)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import reference_transformer as ref
 from tdhook_like import LRP
-from tdhook_like.attribution.lrp import AttnLRP, CPLRP
+from tdhook_like.attribution.lrp import CPLRP, AttnLRP
 
 transformers = pytest.importorskip("transformers")
 

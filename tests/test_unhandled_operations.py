@@ -12,10 +12,9 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from pristine import assert_same, snapshot, td_snapshot
-from tdhook_like import LRP, ContextError, HookContext, RuleError
+from tdhook_like import LRP, ContextError, HookContext, RuleError, UnhandledOperationWarning
 from tdhook_like.attribution.lrp import EpsilonRule, FunctionRule, FunctionRules
 from tdhook_like.targets import Each
-from tdhook_like.writing import UnhandledOperationWarning
 
 F64 = torch.float64
 B = 3

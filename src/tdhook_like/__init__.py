@@ -37,6 +37,7 @@ from tdhook_like.errors import (
     RuleError,
     TargetError,
     TdhookLikeError,
+    UnhandledOperationWarning,
 )
 from tdhook_like.targets import (
     AtStep,
@@ -49,7 +50,7 @@ from tdhook_like.targets import (
     Taken,
     Target,
 )
-from tdhook_like.writing import CompletenessWarning, UnhandledOperationWarning
+from tdhook_like.writing import CompletenessWarning
 
 __version__ = "0.1.0"
 

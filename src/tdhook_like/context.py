@@ -176,6 +176,8 @@ class HookContext:
     def written(self) -> list[NestedKey]:
         """The keys that results go to, as far as they are known without data."""
         method = self.method
+        if not method.writes_keys:
+            return []
         named = [(method.root, name) if name else (method.root,) for name in self.targets]
         keys = self._explained_keys()
         found: list[NestedKey] = [

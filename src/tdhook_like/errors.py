@@ -21,6 +21,7 @@ __all__ = [
     "RuleError",
     "TargetError",
     "TdhookLikeError",
+    "UnhandledOperationWarning",
 ]
 
 
@@ -74,6 +75,10 @@ class LayoutError(TdhookLikeError, RuntimeError):
 
 class LockedError(TdhookLikeError, RuntimeError):
     """Results have to be written into a TensorDict that is locked."""
+
+
+class UnhandledOperationWarning(UserWarning):
+    """A non-linear function has no rule: relevance follows its gradient there."""
 
 
 def listed(names: Iterable[object], most: int = 12) -> str:

@@ -22,7 +22,7 @@ from tdhook_like.hooks.functional import Functions
 from tdhook_like.hooks.installation import Handler
 from tdhook_like.hooks.structure import leaves, mapped
 from tdhook_like.hooks.surrogate import Twice, unwrapped
-from tdhook_like.layout import LAYOUTS, Layout, Run, leading, verified
+from tdhook_like.layout import LAYOUTS, Layout, Run, folded, leading, verified
 from tdhook_like.runner import View
 from tdhook_like.targets import Pick, Reference, Target, columns
 
@@ -69,6 +69,16 @@ class Captured:
         if moved:
             self._vmapped[path, len(calls)] = moved
         calls.append(value)
+
+    def added(self, path: str, call: int) -> int:
+        """How many dimensions vmap has added to what was captured."""
+        return len(self._vmapped.get((path, call), []))
+
+    def put_back(self, value: Tensor, path: str, call: int, dims: int) -> Tensor:
+        """The inverse of :meth:`batch_first`."""
+        for place in self._vmapped.get((path, call), []):
+            value = value.movedim(dims, place)
+        return value
 
     def arranged(self, path: str, dims: int) -> list[Tensor]:
         """What was captured at a path, call by call, batch dimensions first."""
@@ -159,6 +169,7 @@ class Evaluation:
         stopped: Whether a rule may let nothing pass, so that no gradient is an answer, too.
         twice: What lets relevance be differentiated again, where that is asked for.
         recorder: What has taken down the rules' inputs and outputs, where a ledger is asked for.
+        at: The paths of the submodules that are to be attributed to.
     """
 
     leaves: tuple[Tensor, ...]
@@ -168,6 +179,7 @@ class Evaluation:
     stopped: bool = False
     twice: Twice | None = None
     recorder: Recorder | None = None
+    at: tuple[str, ...] = ()
 
 
 class Score:
@@ -212,11 +224,14 @@ class Score:
         self.batch = template.batch_size
         #: The submodules that a method which can is to attribute to, by path.
         self.at_paths: tuple[str, ...] = ()
+        #: Whether the model reads nothing but the attributed keys.
+        self.reads_all = False
 
     def scores(self, points: Sequence[Tensor]) -> Tensor:
         """Scores ``[k, *B, T]`` at stacked inputs ``[k, *B, *features]``, without a graph."""
+        layout = self._layout()  # with rules of its own
         with torch.no_grad(), self._rules():
-            return joined(self._evaluate(self._layout(), points))
+            return joined(self._evaluate(layout, points))
 
     @property
     def keys(self) -> tuple[NestedKey, ...]:
@@ -335,6 +350,8 @@ class Score:
     ) -> tuple[list[Tensor], TensorDictBase | View]:
         """Scores, ``[k, *B, n]`` for each named target, and the outputs that they are read from.
 
+        To be called inside :meth:`installed`, once :attr:`layout` is known.
+
         Args:
             values: Stacked, ``[k, *B, *features]``, by key: of the inputs, or what is to stand in
                 submodules' places (see ``ports``).
@@ -359,6 +376,24 @@ class Score:
         other._keys, other.inputs = tuple(values), tuple(values.values())
         other.baselines, other._layouts = tuple(baselines), layouts
         return other
+
+    def narrowed(self, points: Sequence[Tensor]) -> tuple[Score, list[Tensor]] | None:
+        """The score of one batch element, where a run of all of them would tell the same of each.
+
+        Only where the model is known to treat elements alike and apart.
+
+        Args:
+            points: Stacked, ``[k, *B, *features]`` each.
+        """
+        apart = self._layout() is leading or (self._layout() is folded and len(points[0]) == 1)
+        if not (apart and self._view is not None and self.reads_all and len(self.batch) == 1):
+            return None
+        if self.batch[0] < 2 or not all(torch.equal(p, p[:, :1].expand_as(p)) for p in points):
+            return None
+        other = copy.copy(self)
+        other._template = self._template[:1]
+        other.batch = other._template.batch_size
+        return other, [p[:, :1] for p in points]
 
     def _evaluate(self, layout: Layout, points: Sequence[Tensor]) -> list[Tensor]:
         return self._evaluated(layout, self._keys, points)[0]

@@ -13,7 +13,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from tdhook_like.attribution.method import Attribution
-from tdhook_like.errors import InputError, RuleError
+from tdhook_like.errors import InputError, RuleError, UnhandledOperationWarning
 from tdhook_like.keys import as_tuple, place
 from tdhook_like.runner import View
 from tdhook_like.score import Captured
@@ -22,7 +22,7 @@ from tdhook_like.targets import Each
 if TYPE_CHECKING:
     from tdhook_like.context import HookContext
 
-__all__ = ["CompletenessWarning", "UnhandledOperationWarning", "Written", "report", "results", "write", "write_outputs"]
+__all__ = ["CompletenessWarning", "Written", "report", "results", "write", "write_outputs"]
 
 
 class CompletenessWarning(UserWarning):
@@ -109,7 +109,8 @@ def results(context: HookContext, batch: torch.Size, found: Written) -> list[Res
             value = torch.stack(list(chosen), found.dims) if several else chosen
             return value if method.create_graph else value.detach()
 
-        for key, values in zip(found.keys, attribution.inputs, strict=True):
+        keys = found.keys if method.writes_keys else ()
+        for key, values in zip(keys, attribution.inputs, strict=True):
             made.append(((method.root, *named), key, one(values)))
         for key, values in zip(found.keys, attribution.errors or (), strict=False):
             made.append(((method.error_root, *named), key, one(values)))
@@ -143,10 +144,6 @@ def write(context: HookContext, td: TensorDictBase, made: list[Result], found: W
     attribution = found.attribution
     if attribution.gap is not None and attribution.scale is not None:
         _warn_of_gap(context, attribution.gap.abs(), attribution.scale)
-
-
-class UnhandledOperationWarning(UserWarning):
-    """A non-linear function has no rule: relevance follows its gradient there."""
 
 
 def report(method: Any, names: list[str]) -> None:

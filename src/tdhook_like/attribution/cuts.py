@@ -57,6 +57,7 @@ def given_at(
     values: dict[NestedKey, Tensor] = {
         key: x.unsqueeze(0) for key, x in zip(score.keys, inputs, strict=True)
     }
+    assert score.layout  # tried out before anything is installed
     with torch.no_grad(), score.installed():
         _, outputs = score.evaluated(values)
     return {path: [value[0] for value in calls_at(outputs, path)] for path in paths}  # pyright: ignore

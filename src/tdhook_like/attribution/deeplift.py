@@ -51,7 +51,7 @@ class DeepLift(PathMethod):
 
     Raises:
         ContextError: If it is given rules, which it has of its own.
-        ModelError: In a call, if the model takes another path at the baseline than at the input.
+        BaselineError: In a call, if the model takes another path at the baseline than at the input.
 
     >>> from tensordict import TensorDict
     >>> net = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False), torch.nn.ReLU())
@@ -96,9 +96,28 @@ class DeepLift(PathMethod):
     ) -> Attribution:
         """Attributions ``[k, *B, *features]`` of k inputs against k baselines, stacked."""
         assert score.layout  # tried out before the tape runs
+        narrowed = None if score.at_paths else score.narrowed(baselines)
+        if narrowed is not None:
+            try:
+                return self._compared(score, inputs, baselines, *narrowed)
+            except BaselineError:  # some tensor has no batch dimension that could be told
+                pass
+        return self._compared(score, inputs, baselines, score, baselines)
+
+    def _compared(
+        self,
+        score: Score,
+        inputs: Sequence[Tensor],
+        baselines: Sequence[Tensor],
+        first: Score,
+        starts: Sequence[Tensor],
+    ) -> Attribution:
+        """The same, the first run being that of another score, of all or one of the elements."""
         tape = Tape(rule_of)
         with torch.no_grad():
-            parts, outputs = _run(score, tape, dict(zip(score.keys, baselines, strict=True)))
+            parts, outputs = _run(first, tape, dict(zip(score.keys, starts, strict=True)))
+        if first is not score:
+            tape.narrow = score.batch[0]
         before = joined(parts)
         if not torch.isfinite(before).all():
             raise TargetError(
@@ -115,8 +134,7 @@ class DeepLift(PathMethod):
                 leaves[port(path, i, "add")] = torch.zeros_like(value).requires_grad_()
         tape.compare()
         parts, outputs = _run(score, tape, leaves)
-        with score.installed(tape.mode):
-            found = gradients(parts, list(leaves.values()))
+        found = gradients(parts, list(leaves.values()))
         for path, calls in there.items():
             ends += zip(calls_at(outputs, path), calls, strict=True)
         changes = [(x - b).detach() for x, b in ends]
@@ -124,8 +142,12 @@ class DeepLift(PathMethod):
         after, n = joined(parts).detach(), len(inputs)
         gap, scale = None, None
         if n:
-            gap = _total(shares[:n], after.ndim - 1) - (after - before)
-            scale = (after - before).abs()
+            dims, change = after.ndim - 1, after - before
+            gap = _total(shares[:n], dims) - change
+            # Large attributions that cancel leave their rounding errors.
+            size = _total([[a.abs() for a in columns] for columns in shares[:n]], dims)
+            rounding = 1e3 * torch.finfo(after.dtype).eps * (size + after.abs() + before.abs())
+            scale = torch.maximum(change.abs(), rounding)
         if not self.multiply_by_inputs:
             shares = [[g[i] for g in found] for i in range(len(changes))]
         rest = iter(shares[n:])
@@ -184,7 +206,7 @@ class DeepLiftShap(DeepLift):
             self._settle("baselines", {key: _rows(spec) for key, spec in given.items()})
         else:
             self._settle("baselines", _rows(given))
-        sizes = {len(spec) for spec in self._specs() if isinstance(spec, Rows)}
+        sizes = sorted({len(spec) for spec in self._specs() if isinstance(spec, Rows)})
         if len(sizes) > 1:
             raise BaselineError(
                 f"DeepLiftShap: the keys have {listed(sizes)} baselines. One draw is one baseline of "

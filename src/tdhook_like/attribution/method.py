@@ -162,6 +162,11 @@ class Method(ABC):  # noqa: B024 (its two kinds below say what is abstract)
         if self.functions is not None and not isinstance(self.functions, FunctionRules):
             raise RuleError(f"functions must be FunctionRules or None, got {self.functions!r}.")
 
+    @property
+    def writes_keys(self) -> bool:
+        """Whether results go to keys, and not to submodules alone."""
+        return True
+
     def _settle(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 

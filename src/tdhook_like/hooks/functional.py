@@ -11,6 +11,9 @@ from torch.overrides import TorchFunctionMode
 
 __all__ = ["Around", "Functions", "open_all", "opened", "written_in_python"]
 
+# Looked up once: every function that a model calls passes here.
+_GRAD, _grads_are_on = torch.autograd.grad, torch.is_grad_enabled
+
 Around = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 """Called as ``around(function, args, kwargs)`` in the function's place; gives its result."""
 
@@ -49,7 +52,7 @@ class Functions(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func is torch.autograd.grad:
+        if func is _GRAD:
             # Checkpointed blocks run again in the backward pass, and need their rules there.
             self.running += 1
             try:
@@ -59,7 +62,7 @@ class Functions(TorchFunctionMode):
                 self.running -= 1
         if func is torch.Tensor.unflatten:
             func = torch.unflatten  # the same, and not by way of super(), which cannot be traced
-        if self.running and not self.inside and torch.is_grad_enabled():
+        if self.running and not self.inside and _grads_are_on():
             around = self._find(func)
             if around is not None:
                 return around(func, args, kwargs or {})

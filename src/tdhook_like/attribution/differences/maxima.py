@@ -17,10 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tdhook_like.attribution.differences.pairs import multiplier, near
 from tdhook_like.attribution.differences.rules import Given, argument, unhandled
 from tdhook_like.attribution.differences.tape import DifferenceRule, Tape
-from tdhook_like.hooks.surrogate import constant
+from tdhook_like.hooks.surrogate import attach, constant, has_graph
 
 __all__ = ["Extremum", "Larger", "MaxPool"]
 
@@ -40,9 +39,9 @@ def carried(
         largest: Whether the largest wins; else the smallest.
     """
     carrier = torch.where(y >= y0 if largest else y <= y0, p, q)
-    here, there = x.gather(-1, carrier), x0.gather(-1, carrier)
-    still = near(constant(here), there, 0.0)
-    return here * multiplier(y - y0, constant(here) - there, still, 1.0)
+    here = x.gather(-1, carrier)
+    change = constant(here) - x0.gather(-1, carrier)
+    return here * torch.where(change == 0, 1.0, (y - y0) / change)
 
 
 class MaxPool(DifferenceRule):
@@ -60,28 +59,22 @@ class MaxPool(DifferenceRule):
         kind = "adaptive_max_pool" if adaptive else "max_pool"
         self._pool = getattr(F, f"{kind}{n}d_with_indices")
 
-    def surrogate(
-        self, tape: Tape, func: Any, output: Any, before: Any, there: Given, args: Any, kwargs: Any
-    ) -> Any:
-        several = not isinstance(output, Tensor)
-        y, y0 = (output[0], before[0]) if several else (output, before)
-        named = {k: v for k, v in kwargs.items() if k != "return_indices"}
-        x, x0 = (argument(*given, 0, "input", None) for given in ((args, kwargs), there))
-        options = args[1:6]
-        named.pop("input", None)
+    def call(self, tape: Tape, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+        """Pools, remembering the winners."""
+        several = name.endswith("_with_indices")
+        x = argument(args, kwargs, 0, "input", None)
+        options = {k: v for k, v in kwargs.items() if k not in ("input", "return_indices")}
         with torch.no_grad():
-            p, q = (self._pool(t, *options, **named)[1] for t in (constant(x), x0))
-        n, shape = self.n, y.shape
-        flat = carried(
-            x.flatten(-n),
-            x0.flatten(-n),
-            p.flatten(-n),
-            q.flatten(-n),
-            constant(y).flatten(-n),
-            y0.flatten(-n),
-        )
-        found = flat.reshape(shape)
-        return (found, None) if several else found
+            y, p = self._pool(constant(x), *args[1:6], **options)
+        if tape.recording:
+            tape.keep(name, x, (y, p))
+            return (y, p) if several else y
+        x0, (y0, q) = tape.take(name, x)
+        if torch.is_grad_enabled() and has_graph(x):
+            n = self.n
+            parts = (t.flatten(-n) for t in (x, x0, p, q, y, y0))
+            y = attach(y, carried(*parts).reshape(y.shape), fresh=True)
+        return (y, p) if several else y
 
 
 class Extremum(DifferenceRule):

@@ -9,13 +9,25 @@ import torch
 from torch import Tensor, nn
 
 from tdhook_like.attribution.differences.pairs import Pair, multiplier, near, rescaled
-from tdhook_like.attribution.differences.tape import DifferenceRule, Tape
+from tdhook_like.attribution.differences.tape import DifferenceRule, Tape, overwrites
 from tdhook_like.attribution.path import quadrature
 from tdhook_like.hooks.functional import opened
 from tdhook_like.hooks.structure import leaves, mapped
-from tdhook_like.hooks.surrogate import constant
+from tdhook_like.hooks.surrogate import attach, constant, has_graph
 
-__all__ = ["Choice", "Elementwise", "Opened", "Product", "Quotient", "Unhandled", "argument"]
+__all__ = [
+    "Choice",
+    "Elementwise",
+    "Filled",
+    "Layer",
+    "Opened",
+    "Product",
+    "Quotient",
+    "Rectifier",
+    "Unhandled",
+    "argument",
+    "unhandled",
+]
 
 Slope = Callable[[Tensor, Tensor], Tensor]
 Given = tuple[tuple[Any, ...], dict[str, Any]]
@@ -50,6 +62,36 @@ class Elementwise(DifferenceRule):
     def __init__(self, scale: float = 1.0, slope: Slope | None = None) -> None:
         self.scale, self.slope = scale, slope
 
+    def call(self, tape: Tape, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+        """As every rule does; shorter for the usual call, of one tensor."""
+        if not args or not isinstance(args[0], Tensor) or overwrites(func, args, kwargs):
+            return super().call(tape, name, func, args, kwargs)
+        if any(isinstance(v, Tensor) for v in (*args[1:], *kwargs.values())):
+            return super().call(tape, name, func, args, kwargs)
+        x = args[0]
+        with torch.no_grad():  # the graph that counts is the surrogate's
+            output = func(*args, **kwargs)
+        if tape.recording:
+            tape.note(name, x, output)
+            return output
+        x0, before = tape.look(name, x)
+        if not (torch.is_grad_enabled() and has_graph(x)):
+            return output
+        return attach(output, self.passed(func, x, x0, output, before, args, kwargs), fresh=True)
+
+    def passed(
+        self, func: Any, x: Tensor, x0: Tensor, output: Tensor, before: Tensor, args: Any, kwargs: Any
+    ) -> Tensor:
+        """The surrogate, from what changes."""
+        y = constant(output)
+        if self.slope is None:
+            rest = args[1:] if args else ()
+            named = kwargs if args else {k: v for k, v in kwargs.items() if k != "input"}
+            return rescaled(x, x0, y - before, lambda t: func(t, *rest, **named), self.scale)
+        here = constant(x)
+        still = near(here, x0, self.scale)
+        return x * multiplier(y - before, here - x0, still, self.slope(here, y))
+
     def surrogate(
         self, tape: Tape, func: Any, output: Any, before: Any, there: Given, args: Any, kwargs: Any
     ) -> Tensor | None:
@@ -62,14 +104,30 @@ class Elementwise(DifferenceRule):
             unhandled(tape, func)
             return None
         x, x0 = x.to(output.dtype).expand_as(output), x0.to(output.dtype).expand_as(before)
+        return self.passed(func, x, x0, output, before, args, kwargs)
+
+
+class Rectifier(Elementwise):
+    """ReLU: rescaled with fewer operations, as its differences lose no digits."""
+
+    def passed(
+        self, func: Any, x: Tensor, x0: Tensor, output: Tensor, before: Tensor, args: Any, kwargs: Any
+    ) -> Tensor:
+        """The surrogate, from what changes."""
         y = constant(output)
-        if self.slope is None:
-            rest = args[1:] if args else ()
-            named = kwargs if args else {k: v for k, v in kwargs.items() if k != "input"}
-            return rescaled(x, x0, y - before, lambda t: func(t, *rest, **named), self.scale)
-        here = constant(x)
-        still = near(here, x0, self.scale)
-        return x * multiplier(y - before, here - x0, still, self.slope(here, y))
+        # Arithmetic alone, at a third of the time of comparing and choosing. Where nothing changes
+        # the quotient is 0 / 0, and the slope is 1 if the result is above zero.
+        quotient = (y - before).div_(constant(x) - x0).nan_to_num_(nan=2.0)
+        return x * torch.minimum(quotient, (y + before).sign_())
+
+
+class Layer(DifferenceRule):
+    """A linear map or a convolution: linear, unless its weights depend on the inputs."""
+
+    def call(self, tape: Tape, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+        if len(args) > 1 and isinstance(args[1], nn.Parameter):
+            return func(*args, **kwargs)
+        return _PRODUCT.call(tape, name, func, args, kwargs)
 
 
 class Product(DifferenceRule):
@@ -120,6 +178,9 @@ class Product(DifferenceRule):
             part = part if weight == 1 else part * weight
             total = part if total is None else total + part
         return total
+
+
+_PRODUCT = Product()
 
 
 class Quotient(DifferenceRule):

@@ -14,9 +14,11 @@ from tdhook_like.attribution.differences.rules import (
     Choice,
     Elementwise,
     Filled,
+    Layer,
     Opened,
     Product,
     Quotient,
+    Rectifier,
     Unhandled,
 )
 from tdhook_like.attribution.differences.tape import DifferenceRule, Overwriting, named_in_place
@@ -68,10 +70,6 @@ def _tanh(x: Tensor, y: Tensor) -> Tensor:
     return 1 - y * y
 
 
-def _relu(x: Tensor, y: Tensor) -> Tensor:
-    return (x > 0).to(x.dtype)
-
-
 def _exp(x: Tensor, y: Tensor) -> Tensor:
     return y
 
@@ -79,10 +77,11 @@ def _exp(x: Tensor, y: Tensor) -> Tensor:
 def _table() -> dict[str, DifferenceRule]:
     table: dict[str, DifferenceRule] = dict.fromkeys(PASSED - {"renorm", "mvlgamma"}, Elementwise())
     table.update(dict.fromkeys(SHARP, Elementwise(0.0)))
-    table["relu"] = Elementwise(0.0, _relu)
+    table["relu"] = Rectifier(0.0)
     table["sigmoid"], table["tanh"] = Elementwise(1.0, _sigmoid), Elementwise(1.0, _tanh)
     table["exp"] = Elementwise(1.0, _exp)
-    table.update(dict.fromkeys(PRODUCTS | CONVOLUTIONS | AFFINE, Product()))
+    table.update(dict.fromkeys(PRODUCTS | AFFINE, Product()))
+    table.update(dict.fromkeys(CONVOLUTIONS | {"linear"}, Layer()))
     table.update({"div": Quotient(), "rdiv": Quotient(reverse=True)})
     table.update({"where": Choice(), "masked_fill": Filled()})
     for n in (1, 2, 3):
@@ -100,10 +99,12 @@ def _table() -> dict[str, DifferenceRule]:
     return table
 
 
-AFFINE = _words("mul linear bilinear addmm addmv addbmm baddbmm addr addcmul lerp")
+AFFINE = _words("mul bilinear addmm addmv addbmm baddbmm addr addcmul lerp")
 #: By name; a function that has none here and is not linear is opened, or counted as unhandled.
 RULES = _table()
-LINEAR = (TRANSPARENT | FOLLOWED | CARRYING | ENTRYWISE | {"batch_norm"}) - NOT_LINEAR
+LINEAR = (
+    TRANSPARENT | FOLLOWED | CARRYING | ENTRYWISE | _words("add sub rsub batch_norm")
+) - NOT_LINEAR
 
 _OVERWRITING, _OPENED, _UNHANDLED = Overwriting(), Opened(), Unhandled()
 _FOUND: dict[Any, tuple[str, DifferenceRule | None]] = {}

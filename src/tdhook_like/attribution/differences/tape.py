@@ -10,13 +10,17 @@ import torch
 from torch import Tensor
 
 from tdhook_like.attribution.lrp.flow import Flow
-from tdhook_like.errors import ModelError
+from tdhook_like.errors import BaselineError
 from tdhook_like.hooks.functional import Functions
 from tdhook_like.hooks.structure import leaves, mapped
 from tdhook_like.hooks.surrogate import attach, has_graph
 from tdhook_like.hooks.wrapping import above, wrapped
 
 __all__ = ["DifferenceRule", "Tape"]
+
+
+Find = Callable[[Any], "tuple[str, DifferenceRule | None]"]
+"""From a torch function to its name and its rule."""
 
 
 class Tape:
@@ -29,22 +33,29 @@ class Tape:
 
     Attributes:
         recording: Whether this is the first run.
-        flow: Knows which tensors of the second run depend on the explained inputs.
+        narrow: Of how many batch elements, all alike, the first run had only one; 0 if it had all.
         unhandled: Non-linear functions without a rule that were met, by name.
     """
 
-    def __init__(self, find: Callable[[Any], tuple[str, DifferenceRule | None]]) -> None:
+    def __init__(self, find: Find) -> None:
         self.recording = True
-        self.flow = Flow()
+        self.narrow = 0
+        self._flow: Flow | None = None
         self.unhandled: Counter[str] = Counter()
-        self._find = find
         self._entries: list[_Entry] = []
         self._next = 0
-        self.mode = _Watching(self._around)
+        self.mode = _Watching(self, find)
 
     def compare(self) -> None:
         """From here on, runs are compared with what was recorded."""
-        self.recording, self._next, self.flow = False, 0, Flow()
+        self.recording, self._next, self._flow = False, 0, None
+
+    @property
+    def flow(self) -> Flow:
+        """Knows which tensors of the second run depend on the explained inputs."""
+        if self._flow is None:
+            self._flow = Flow()
+        return self._flow
 
     def keep(self, name: str, given: Any, output: Any) -> None:
         """Takes down what a function was given and gave."""
@@ -54,24 +65,34 @@ class Tape:
         """What the function was given at this point of the first run, and what it gave.
 
         Raises:
-            ModelError: If the first run called something else here.
+            BaselineError: If the first run called something else here.
         """
         entry = self._entries[self._next] if self._next < len(self._entries) else None
         self._next += 1
         if entry is None or entry.name != name:
-            raise ModelError(
+            raise BaselineError(
                 f"The model calls {name}() at the input where it calls "
                 f"{entry.name + '()' if entry else 'nothing more'} at the baseline: its path depends on "
                 "its inputs, so the two cannot be compared. Take a nearer baseline, or another method."
             )
-        given, output = mapped(_again, entry.given), mapped(_again, entry.output)
-        for here, there in zip(leaves(shapes), leaves(given), strict=True):
-            if isinstance(here, Tensor) and here.shape != there.shape:
-                raise ModelError(
-                    f"The model calls {name}() with shape {tuple(here.shape)} at the input and "
-                    f"{tuple(there.shape)} at the baseline, so the two cannot be compared."
-                )
-        return given, output
+        output = mapped(_again, entry.output)
+        return mapped(lambda here, held: self._like(name, here, held), shapes, entry.given), output
+
+    def _like(self, name: str, here: Any, held: Any) -> Any:
+        """What was kept, in the shape of what the function is given now."""
+        if not isinstance(held, _Held):
+            return held
+        there = wrapped(held.tensor, held.wrappers) if held.wrappers else held.tensor
+        if not isinstance(here, Tensor) or here.shape == there.shape:
+            return there
+        if self.narrow and here.ndim == there.ndim:
+            sizes = [(b, a) for a, b in zip(here.shape, there.shape, strict=True) if a != b]
+            if sizes == [(1, self.narrow)]:
+                return there.expand(here.shape)
+        raise BaselineError(
+            f"The model calls {name}() with shape {tuple(here.shape)} at the input and "
+            f"{tuple(there.shape)} at the baseline, so the two cannot be compared."
+        )
 
     def protect(self, target: Any) -> None:
         """Copies what was kept of a tensor that is about to be overwritten."""
@@ -89,15 +110,27 @@ class Tape:
         for entry in self._entries:
             entry.given, entry.output = mapped(saved, entry.given), mapped(saved, entry.output)
 
-    def _around(self, function: Any) -> Callable[..., Any] | None:
-        name, rule = self._find(function)
-        if rule is None:
-            return None
-        return lambda func, args, kwargs: rule.call(self, name, func, args, kwargs)
+    def note(self, name: str, x: Tensor, output: Tensor) -> None:
+        """As :meth:`keep`, for a function of one tensor."""
+        self._entries.append(_Entry(name, _kept(x), _kept(output)))
+
+    def look(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`take`, for a function of one tensor."""
+        n = self._next
+        if n < len(self._entries):
+            entry = self._entries[n]
+            if entry.name == name and not isinstance(entry.given, tuple):
+                self._next = n + 1
+                return self._like(name, x, entry.given), _again(entry.output)
+        return self.take(name, x)
 
 
 class _Watching(Functions):
     """As its base, but also where no graph is built, and for more than one block."""
+
+    def __init__(self, tape: Tape, find: Find) -> None:
+        super().__init__(lambda function: None)
+        self._tape, self._rule_of = tape, find
 
     def close(self) -> None:
         """Nothing: the tape goes on."""
@@ -106,9 +139,9 @@ class _Watching(Functions):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if self.running:
-            around = self._find(func)
-            if around is not None:
-                return around(func, args, kwargs or {})
+            name, rule = self._rule_of(func)
+            if rule is not None:
+                return rule.call(self._tape, name, func, args, kwargs or {})
         return func(*args, **kwargs) if kwargs else func(*args)
 
 
@@ -176,6 +209,8 @@ class DifferenceRule:
     ) -> Any:
         if not any(isinstance(v, Tensor) and has_graph(v) for v in leaves(output)):
             return output
+        if tape.narrow and isinstance(output, Tensor):
+            before = before.expand(output.shape)
         surrogate = self.surrogate(tape, func, output, before, there, args, kwargs)
         if surrogate is None:
             return output

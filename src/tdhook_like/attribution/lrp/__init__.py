@@ -38,6 +38,7 @@ from tdhook_like.attribution.lrp.rectifiers import (
 )
 from tdhook_like.attribution.lrp.recurrent import HalfRule, ProportionalRule, SignalTakesAllRule
 from tdhook_like.attribution.lrp.rule import Inputs, RemovableRuleHandle, Rule, RuleMapper
+from tdhook_like.attribution.lrp.ruled import RuledModel, relevance
 from tdhook_like.attribution.lrp.rules import (
     AHQKVRule,
     EpsilonRule,
@@ -111,6 +112,7 @@ __all__ = [
     "Rule",
     "RuleMapper",
     "RulePlan",
+    "RuledModel",
     "SignalTakesAllRule",
     "SoftmaxEpsilonRule",
     "Stabilizer",
@@ -121,4 +123,5 @@ __all__ = [
     "WSquareRule",
     "ZBoxRule",
     "ZPlusRule",
+    "relevance",
 ]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tdhook_like.attribution.lrp.flow import Flow
 from tdhook_like.attribution.lrp.operations import FunctionRule
 from tdhook_like.attribution.lrp.products import shared
-from tdhook_like.hooks.surrogate import constant
+from tdhook_like.hooks.surrogate import attach, constant, differentiated_again
 
 __all__ = ["Attention", "Softmax"]
 
@@ -73,8 +74,12 @@ class Attention(FunctionRule):
                 given[key] = shared(given[key], share[key])
         mask = given.pop("attn_mask", None)
         output = func(*given.values(), mask, *rest, **others)
+        if differentiated_again() and not _dropped(*rest, **others):
+            # torch's own kernels can be differentiated once.
+            q, k, v = given.values()
+            output = attach(output, _written_out(q, k, v, mask, *rest, **others))
         if flow.recorder is not None:
-            output = flow.recorder.function(name, self, (), output, None)
+            output = flow.recorder.function(name, self, (), output, None).clone()
         return output
 
     def _shares(self, flows: list[str]) -> dict[str, float]:
@@ -88,3 +93,32 @@ class Attention(FunctionRule):
 
 
 _ARGUMENTS: tuple[str, ...] = ("query", "key", "value", "attn_mask")
+
+
+def _dropped(dropout_p: float = 0.0, *rest: Any, **others: Any) -> bool:
+    """Whether weights are dropped at random, which nothing can repeat."""
+    return dropout_p > 0
+
+
+def _written_out(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **options: Any,
+) -> Tensor:
+    """Attention of the same value, of operations that can be differentiated twice."""
+    if options.get("enable_gqa"):
+        times = query.shape[-3] // key.shape[-3]
+        key, value = (t.repeat_interleave(times, -3) for t in (key, value))
+    scale = options.get("scale")
+    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    return scores.softmax(-1) @ value

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from tdhook_like.attribution.lrp.flow import Flow, Made
+from tdhook_like.attribution.lrp.flow import Flow, Made, Normed
 from tdhook_like.attribution.lrp.modifiers import effective_parameters, with_parameters
 from tdhook_like.attribution.lrp.normalised import batch_norm
 from tdhook_like.attribution.lrp.rule import Inputs, Rule
@@ -84,10 +84,16 @@ def scale_and_shift(
 
 
 def foldable(module: nn.Module, tensor: Any) -> bool:
-    """Whether a layer's output may be merged with a normalisation of its channels."""
+    """Whether a layer's output may be merged with a normalisation of its channels.
+
+    Channels are the second dimension, and have to be what the layer gives: ``[B, C]`` of a dense
+    layer, ``[B, C, …]`` of a convolution of batches.
+    """
+    if not isinstance(tensor, Tensor):
+        return False
     if isinstance(module, nn.Linear):
-        return isinstance(tensor, Tensor) and tensor.ndim == 2
-    return isinstance(module, _ConvNd) and isinstance(tensor, Tensor)
+        return tensor.ndim == 2
+    return isinstance(module, _ConvNd) and tensor.ndim == len(module.kernel_size) + 2
 
 
 def behind(flow: Flow, x: Any, output: Tensor, scale: Tensor, shift: Tensor) -> Tensor | None:
@@ -103,76 +109,75 @@ def behind(flow: Flow, x: Any, output: Tensor, scale: Tensor, shift: Tensor) -> 
     Returns:
         None where no layer with a rule made ``x``.
     """
-    x = x if flow.recorder is None else flow.recorder.original(x)
-    made = flow.layers.get(id(x)) if flow.layers is not None else None
-    if made is None:
+    made = flow.origin(x)
+    if not isinstance(made, Made) or made.raw.shape != output.shape:
         return None
     if flow.recorder is not None:
-        flow.recorder.merge(made.tensor)
-    merged = merged_layer(made, scale, shift)
+        flow.recorder.merge(x)
     channels = [1] * (output.ndim - 2)
-    raw = made.raw * scale.reshape(-1, *channels) + shift.reshape(-1, *channels)
-    return made.rule.surrogate(merged, made.inputs, raw)
+    raw = torch.addcmul(shift.reshape(-1, *channels), made.raw, scale.reshape(-1, *channels))
+    return made.rule.surrogate(merged_layer(made.module, scale, shift), made.inputs, raw)
 
 
 def in_front(flow: Flow, module: Any, inputs: Inputs) -> tuple[nn.Module, Inputs] | None:
     """The layer and its inputs as one with a normalisation in front of it, where that is exact.
 
-    With zeros padded on, a shift of the input is not a shift of the output: no merging then.
+    Where zeros are padded on, a shift of the input is not a shift of the output: no merging then.
     """
-    if not flow.norms or not inputs:
+    weighted = isinstance(module, nn.Linear | _ConvNd) and bool(inputs)
+    if not weighted or isinstance(module, _ConvTransposeNd):
         return None
-    given = inputs[0] if flow.recorder is None else flow.recorder.original(inputs[0])
-    found = flow.norms.get(id(given))
-    if found is None:
+    norm = flow.origin(inputs[0])
+    if not isinstance(norm, Normed):
         return None
-    tensor, x, scale, shift = found
     if isinstance(module, nn.Linear):
-        if x.ndim != 2:
+        if norm.x.ndim != 2:
             return None
-        columns, spread = scale, None
-    elif isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd):
-        if any(p != 0 for p in module.padding) or module.padding_mode != "zeros":
-            return None
-        columns = spread = scale
-    else:
+    elif norm.x.ndim != len(module.kernel_size) + 2 or _pads_zeros(module):
         return None
+    if flow.recorder is not None:
+        flow.recorder.merge(inputs[0])
     parameters: dict[str, Tensor | None] = dict(effective_parameters(module))
     weight, bias = parameters["weight"], parameters.get("bias")
     assert weight is not None
-    if spread is None:
-        moved = weight @ shift
-        weight = weight * columns
-    else:
-        groups, dims = module.groups, [1] * (weight.ndim - 2)
-        rows = weight.shape[0] // groups
-        by_row = [t.reshape(groups, 1, -1).expand(-1, rows, -1) for t in (scale, shift)]
-        own, away = (t.reshape(weight.shape[0], -1) for t in by_row)
-        moved = (weight.flatten(2).sum(-1) * away).sum(-1)
-        weight = weight * own.reshape(*own.shape, *dims)
-    if flow.recorder is not None:
-        flow.recorder.merge(tensor)
-    parameters["weight"] = weight
+    scale, shift = (_by_input(module, weight, t) for t in (norm.scale, norm.shift))
+    moved = (weight * shift).flatten(1).sum(1)
+    parameters["weight"] = weight * scale
     parameters["bias"] = moved if bias is None else bias + moved
-    return with_parameters(module, parameters), Inputs((x, *inputs[1:]), inputs.kwargs)
+    return with_parameters(module, parameters), Inputs((norm.x, *inputs[1:]), inputs.kwargs)
 
 
-def merged_layer(made: Made, scale: Tensor, shift: Tensor) -> nn.Module:
+def merged_layer(layer: nn.Module, scale: Tensor, shift: Tensor) -> nn.Module:
     """The layer with ``w · s`` and ``b · s + t`` for its weight and bias; the layer is only read."""
-    parameters: dict[str, Tensor | None] = dict(effective_parameters(made.module))
+    parameters: dict[str, Tensor | None] = dict(effective_parameters(layer))
     weight, bias = parameters["weight"], parameters.get("bias")
     assert weight is not None
-    parameters["weight"] = weight * _by_output(made.module, weight, scale)
+    parameters["weight"] = weight * _by_output(layer, weight, scale)
     parameters["bias"] = shift if bias is None else bias * scale + shift
-    return with_parameters(made.module, parameters)
+    return with_parameters(layer, parameters)
 
 
-def _by_output(module: nn.Module, weight: Tensor, scale: Tensor) -> Tensor:
-    """One factor per output channel, to go beside the weight."""
+def _pads_zeros(module: _ConvNd) -> bool:
+    if module.padding_mode != "zeros":
+        return False  # what is padded on is normalised like everything else
+    pads = module.padding
+    return pads == "same" if isinstance(pads, str) else any(size != 0 for size in pads)
+
+
+def _by_input(module: Any, weight: Tensor, value: Tensor) -> Tensor:
+    """A number per input channel, to go beside a weight ``[out, in / groups, …]``."""
+    if isinstance(module, nn.Linear):
+        return value
+    by_group = value.reshape(module.groups, 1, -1)
+    rows = by_group.expand(-1, weight.shape[0] // module.groups, -1).reshape(weight.shape[0], -1)
+    return rows.reshape(*rows.shape, *[1] * (weight.ndim - 2))
+
+
+def _by_output(module: Any, weight: Tensor, value: Tensor) -> Tensor:
+    """A number per output channel, to go beside the weight."""
     if isinstance(module, _ConvTransposeNd):  # [in, out / groups, …], groups along the first
-        per_group = scale.reshape(module.groups, 1, -1)
-        rows = per_group.expand(-1, weight.shape[0] // module.groups, -1).reshape(
-            weight.shape[0], -1
-        )
+        by_group = value.reshape(module.groups, 1, -1)
+        rows = by_group.expand(-1, weight.shape[0] // module.groups, -1)
+        rows = rows.reshape(weight.shape[0], -1)
         return rows.reshape(*rows.shape, *[1] * (weight.ndim - 2))
-    return scale.reshape(-1, *[1] * (weight.ndim - 1))
+    return value.reshape(-1, *[1] * (weight.ndim - 1))

@@ -10,7 +10,7 @@ from torch import Tensor
 from tdhook_like.attribution.lrp.flow import Flow
 from tdhook_like.attribution.lrp.kinship import record
 from tdhook_like.attribution.lrp.operations import FOLLOWED, UNHANDLED, FunctionRule
-from tdhook_like.hooks.surrogate import nonzero, quotient
+from tdhook_like.hooks.surrogate import differentiated_again, nonzero, quotient
 
 __all__ = ["Clamped", "Homogeneous", "Passed", "Power"]
 
@@ -18,7 +18,8 @@ __all__ = ["Clamped", "Homogeneous", "Passed", "Power"]
 class Passed(FunctionRule):
     """Relevance passes an elementwise function unchanged: ``x · G(y / x)``. Conserves everything.
 
-    Where two operands depend on the inputs, relevance follows the gradient, which is reported.
+    Where two operands depend on the inputs, or one is complex, relevance follows the gradient, which
+    is reported.
 
     Source: Achtibat et al. 2024, eq. 9.
 
@@ -34,7 +35,7 @@ class Passed(FunctionRule):
     def replaced(
         self, flow: Flow, name: str, func: Any, args: Any, kwargs: Any, operands: list[Tensor]
     ) -> Any:
-        if len(operands) > 1:
+        if len(operands) > 1 or operands[0].is_complex():
             return UNHANDLED.call(flow, name, func, args, kwargs)
         result = super().replaced(flow, name, func, args, kwargs, operands)
         record(flow.mode, result, operands)
@@ -48,6 +49,8 @@ class Passed(FunctionRule):
             x = x.to(output.dtype)
         if x.shape != output.shape:
             x = x.expand(output.shape)
+        if differentiated_again():
+            x = x.clone()  # the product keeps it, and the model may overwrite it
         return x * quotient(nonzero(output), nonzero(x))
 
 

@@ -2,38 +2,65 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tdhook_like.attribution.lrp.ledger import Recorder
+from tdhook_like.attribution.lrp.ledger import Recorder, writes
 from tdhook_like.hooks.functional import Functions
 from tdhook_like.hooks.structure import leaves
 from tdhook_like.hooks.surrogate import unwrapped
 
-__all__ = ["Flow", "Made"]
+__all__ = ["Flow", "Made", "Normed"]
 
 
 @dataclass(frozen=True)
 class Made:
-    """A tensor that flows, and the layer that made it.
+    """What a layer was called with and gave, for a normalisation behind it.
 
     Attributes:
-        tensor: What the layer gave, with its rule's gradient. Kept, so that its identity is valid.
         module: The layer.
         inputs: What it was called with.
         raw: What it gave, with its own gradient.
         rule: Its rule.
     """
 
-    tensor: Tensor
     module: nn.Module
     inputs: Any
     raw: Tensor
     rule: Any
+
+
+@dataclass(frozen=True)
+class Normed:
+    """A normalisation ``BN(x) = x · scale + shift``, for a layer behind it."""
+
+    x: Tensor
+    scale: Tensor
+    shift: Tensor
+
+
+class _Line:
+    """How a tensor was made."""
+
+    def __init__(self, tensor: Tensor, how: Made | Normed) -> None:
+        # A trace cannot be taken of weak references; nor does it matter what lives while it is.
+        traced = torch.compiler.is_compiling()
+        self.tensor: Callable[[], Tensor | None] = (
+            (lambda: tensor) if traced else weakref.ref(tensor)
+        )
+        self._writes, self.how = 0 if traced else writes(tensor), how
+
+    def holds_of(self, tensor: Tensor) -> bool:
+        """Whether it says how that tensor was made, still."""
+        if torch.compiler.is_compiling():
+            return True
+        return self.tensor() is tensor and writes(tensor) == self._writes
 
 
 @dataclass
@@ -44,9 +71,9 @@ class Flow:
         reached: Paths of the modules whose rules were reached.
         applied: How often each function rule was, by the function's name.
         unhandled: How often each non-linear function without a rule was called, by name.
-        layers: What affine layers gave, by the identity of the tensor, where a normalisation behind
-            them may be read as part of the layer. None where nothing asks for it.
-        norms: What normalisations gave, likewise: that, what it came from, its scale and its shift.
+        layers: How tensors were made, by their identity, where a normalisation may be read as part of
+            the layer beside it. None where nothing asks for it.
+        folds: Whether a module's rule may read it so.
         recorder: Takes down what relevance each rule gets and gives on, if somebody asked.
         mode: Sees the functions that the model calls, if any may need a rule.
     """
@@ -54,21 +81,32 @@ class Flow:
     reached: set[str] = field(default_factory=set)
     applied: Counter[str] = field(default_factory=Counter)
     unhandled: Counter[str] = field(default_factory=Counter)
-    layers: dict[int, Made] | None = None
-    norms: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    layers: dict[int, _Line] | None = None
+    folds: bool = False
     recorder: Recorder | None = None
     mode: Functions | None = None
     _marks: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    _nodes: dict[Any, bool] = field(default_factory=dict)
+    _walks: dict[str, _Walk] = field(default_factory=lambda: _walks())
 
-    def made(self, layer: Made) -> None:
-        """Remembers what a layer gave, for a normalisation right behind it."""
+    def made(self, tensor: Tensor, how: Made | Normed) -> None:
+        """Remembers how a tensor was made, for as long as the model keeps it."""
         assert self.layers is not None
-        _remember(self.layers, layer.tensor, layer)
+        for key in [key for key, line in self.layers.items() if line.tensor() is None]:
+            del self.layers[key]
+        self.layers[id(tensor)] = _Line(tensor, how)
 
     def normalised(self, tensor: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -> None:
         """Remembers what a normalisation gave, for a layer right behind it."""
-        _remember(self.norms, tensor, (tensor, x, scale, shift))
+        if self.layers is not None:
+            self.made(tensor, Normed(x, scale, shift))
+
+    def origin(self, tensor: Any) -> Made | Normed | None:
+        """How a tensor was made, unless it has been overwritten since."""
+        if self.layers is None:
+            return None
+        tensor = tensor if self.recorder is None else self.recorder.original(tensor)
+        line = self.layers.get(id(tensor))
+        return None if line is None or not line.holds_of(tensor) else line.how
 
     def missing(self, name: str, result: Tensor) -> None:
         """Counts a function that has no rule, once relevance arrives at its result."""
@@ -104,15 +142,53 @@ class Flow:
             return False
         if torch.compiler.is_compiling():
             return value.requires_grad
-        value, _ = unwrapped(value)
-        if not value.requires_grad or isinstance(value, nn.Parameter):
-            return False
-        node = value.grad_fn
-        return node is None or self._comes_from_inputs(node)
+        return self._reaches("depends", value)
 
-    def _comes_from_inputs(self, node: Any) -> bool:
-        """Whether a graph's node lies behind a leaf that is no parameter; each is visited once."""
-        known, path = self._nodes, [node]
+    def carries(self, value: Any) -> bool:
+        """Whether a tensor depends on the explained inputs, be it by way of what lets nothing pass."""
+        return self._reaches("carries", value)
+
+    def shows(self, value: Any) -> bool:
+        """Whether relevance could flow through a tensor, to inputs or to parameters.
+
+        What rules that share evenly count: graphs that are but wanted for the ledger, or for
+        differentiating relevance, are none.
+        """
+        return self._reaches("shows", value)
+
+    def _reaches(self, what: str, value: Any) -> bool:
+        if not isinstance(value, Tensor):
+            return False
+        value, _ = unwrapped(value)
+        return value.requires_grad and self._walks[what].reaches(value)
+
+    def operands(self, *values: Any) -> list[Tensor]:
+        """Those of some values, also in lists, that depend on the explained inputs."""
+        return [value for value in leaves(values) if self.depends(value)]
+
+
+class _Walk:
+    """Whether tensors lie behind a wanted leaf of their graph; each node is visited once.
+
+    Args:
+        parameters: Whether parameters are wanted; else leaves that are none.
+        ends: Nodes at which the walk ends, by the beginning of their names.
+    """
+
+    def __init__(self, *, parameters: bool, ends: tuple[str, ...]) -> None:
+        self._parameters, self._ends = parameters, ends
+        self._known: dict[Any, bool] = {}
+
+    def reaches(self, tensor: Tensor) -> bool:
+        """Whether a tensor that carries a graph does."""
+        node = tensor.grad_fn
+        return self._wanted(tensor) if node is None else self._leads(node)
+
+    def _wanted(self, leaf: Tensor) -> bool:
+        return self._parameters or not isinstance(leaf, nn.Parameter)
+
+    def _leads(self, node: Any) -> bool:
+        known, path = self._known, [node]
         # Depth first, with the answer of a node settled once one of its parents said yes, or all no.
         while path:
             here = path[-1]
@@ -121,9 +197,9 @@ class Flow:
                 continue
             variable = getattr(here, "variable", None)
             if variable is not None:
-                known[here] = not isinstance(variable, nn.Parameter)
+                known[here] = self._wanted(variable)
                 continue
-            parents = [parent for parent, _ in _followed(here) if parent is not None]
+            parents = [parent for parent, _ in self._followed(here) if parent is not None]
             if any(known.get(parent) for parent in parents):
                 known[here] = True
                 continue
@@ -134,18 +210,13 @@ class Flow:
                 path.append(unknown)
         return known[node]
 
-    def operands(self, *values: Any) -> list[Tensor]:
-        """Those of some values, also in lists, that depend on the explained inputs."""
-        return [value for value in leaves(values) if self.depends(value)]
-
-
-def _followed(node: Any) -> tuple[Any, ...]:
-    """Where the relevance pass goes from a node of the graph."""
-    name = type(node).__name__
-    if name.startswith("_Constant"):
-        return ()
-    # Of what is attached, only the surrogate is followed.
-    return node.next_functions[1:] if name.startswith("_Attached") else node.next_functions
+    def _followed(self, node: Any) -> tuple[Any, ...]:
+        """Where the relevance pass goes from a node."""
+        name = type(node).__name__.removeprefix("Vmapped")
+        if name.startswith(self._ends):
+            return ()
+        # Of what is attached, only the surrogate is followed.
+        return node.next_functions[1:] if name.startswith("_Attached") else node.next_functions
 
 
 def _anything(gradient: Tensor) -> bool:
@@ -158,8 +229,9 @@ def _anything(gradient: Tensor) -> bool:
     return bool(gradient.any())
 
 
-def _remember(where: dict[int, Any], tensor: Tensor, what: Any) -> None:
-    # Only the last few: what is kept here is not freed.
-    while len(where) >= 4:
-        del where[next(iter(where))]
-    where[id(tensor)] = what
+def _walks() -> dict[str, _Walk]:
+    return {
+        "depends": _Walk(parameters=False, ends=("_Constant", "_Stopped")),
+        "carries": _Walk(parameters=False, ends=("_Constant",)),
+        "shows": _Walk(parameters=True, ends=("_Constant", "_Stopped")),
+    }

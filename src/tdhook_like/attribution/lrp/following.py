@@ -9,7 +9,7 @@ from tensordict import TensorDictParams
 from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-__all__ = ["follow", "left"]
+__all__ = ["follow", "inside_transforms", "left"]
 
 
 def follow(copied: Any, original: Any, live: bool) -> None:
@@ -42,11 +42,19 @@ def follow(copied: Any, original: Any, live: bool) -> None:
         buffers[name] = value
 
 
+def inside_transforms() -> bool:
+    """Whether one of torch.func's transforms is under way.
+
+    >>> inside_transforms()
+    False
+    """
+    return torch._C._functorch.maybe_current_level() is not None  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def _detached(value: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return value.detach()
-    inside = torch._C._functorch.maybe_current_level() is not None  # pyright: ignore[reportAttributeAccessIssue]
-    if not inside or torch._C._functorch.is_functorch_wrapped_tensor(value):  # pyright: ignore[reportAttributeAccessIssue]
+    if not inside_transforms() or torch._C._functorch.is_functorch_wrapped_tensor(value):  # pyright: ignore[reportAttributeAccessIssue]
         return value.detach()
     # Not wrapped by a transform that other threads know nothing of.
     with temporarily_clear_interpreter_stack():

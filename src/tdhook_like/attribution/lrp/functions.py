@@ -53,11 +53,22 @@ class FunctionRules:
             raise RuleError(f"gates must be 'half' or 'signal', got {gates!r}.")
         self.attention, self.gates = attention, gates
         self.rules = {_known(name): _a_rule(name, rule) for name, rule in (rules or {}).items()}
-        self._table = table(attention == "constant", gates == "signal")
+        self._settle()
+
+    def _settle(self) -> None:
+        self._table = table(self.attention == "constant", self.gates == "signal")
         self._table.update(
             {name: Followed() if rule is None else rule for name, rule in self.rules.items()}
         )
         self._found: dict[Any, tuple[str, FunctionRule | None]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is made of the options is made again: torch's functions cannot be copied or pickled.
+        return {name: v for name, v in vars(self).items() if name not in ("_table", "_found")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._settle()
 
     def find(self, function: Any) -> tuple[str, FunctionRule | None]:
         """A torch function's name, and its rule; None where it can do nothing to relevance."""

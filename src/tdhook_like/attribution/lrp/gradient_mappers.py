@@ -14,7 +14,6 @@ from tdhook_like.attribution.lrp.choosing import Mapper, Scope
 from tdhook_like.attribution.lrp.flow import Flow
 from tdhook_like.attribution.lrp.functions import FunctionRules
 from tdhook_like.attribution.lrp.mappers import BaseRuleMapper
-from tdhook_like.attribution.lrp.names import spoken
 from tdhook_like.attribution.lrp.operations import FunctionRule
 from tdhook_like.attribution.lrp.rectifiers import (
     BetaSmoothRule,
@@ -169,7 +168,7 @@ class RectifierFunctions(FunctionRules):
 
     def find(self, function: Any) -> tuple[str, FunctionRule | None]:
         """A function's name, and its rule if it is a rectifier."""
-        name = spoken(function)
+        name, _ = super().find(function)
         return name, self._rectifier if name == "relu" else None
 
     def __repr__(self) -> str:

@@ -36,11 +36,15 @@ def record(mode: Functions | None, result: Any, operands: Sequence[Tensor]) -> N
     """
     if mode is None or not isinstance(result, Tensor):
         return
-    shape = result.shape
-    if any(value is result or value.shape != shape for value in operands):
-        return
-    known = mode.notes.setdefault("kin", {})
-    shared = _shared([_line(known, value) for value in operands])
+    for value in operands:
+        if value is result or value.shape != result.shape:
+            return
+    known = mode.notes.get("kin")
+    if known is None:
+        known = mode.notes["kin"] = {}
+    shared = _line(known, operands[0])
+    if len(operands) > 1:
+        shared = _shared(shared, [_line(known, value) for value in operands[1:]])
     if shared:
         known[id(result)] = (ref(result), *shared[:_LONGEST])
 
@@ -66,7 +70,7 @@ def nearest(mode: Functions | None, operands: Sequence[Tensor]) -> Tensor | None
     found = None if mode is None else mode.notes.get("kin")
     if not found:
         return None
-    shared = _shared([_line(found, value) for value in operands])
+    shared = _shared(_line(found, operands[0]), [_line(found, value) for value in operands[1:]])
     return shared[0]() if shared else None
 
 
@@ -75,8 +79,7 @@ def _line(known: dict[int, Line], value: Tensor) -> Line:
     return found if found is not None and found[0]() is value else (ref(value),)
 
 
-def _shared(lines: list[Line]) -> Line:
-    first, *others = lines
+def _shared(first: Line, others: list[Line]) -> Line:
     for line in others:
         theirs = {id(tensor) for tensor in (item() for item in line) if tensor is not None}
         first = tuple(item for item in first if id(item()) in theirs)

@@ -1,263 +1,272 @@
-"""The ledger: what relevance each rule got, what it gave on, and what was absorbed, by cause."""
+"""Taking down, in one run of a model, what the ledger needs: each rule's inputs and outputs.
+
+Relevance is activation × gradient wherever one looks, so the ledger needs gradients at places of its
+own. What a rule reads is handed to it as copies, and what it gives to the model as copies: the
+gradient at a copy is what flows through this call alone, whoever else uses the tensor.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from math import prod
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from tensordict import TensorDict
 from torch import Tensor, nn
 
-from tdhook_like.errors import ConservationError
+from tdhook_like.attribution.lrp.accounts import Ledger, Row
+from tdhook_like.attribution.lrp.balance import Entry, Found, Spot, balanced, tags
+from tdhook_like.attribution.lrp.causes import of_function, of_module
 from tdhook_like.hooks.structure import leaves, mapped
-from tdhook_like.hooks.surrogate import has_graph, nonzero, tiny, unwrapped
+from tdhook_like.hooks.surrogate import unwrapped
 
-__all__ = ["Ledger", "Recorder", "Row"]
+__all__ = ["MOVES", "Ledger", "Recorder", "Row", "Watched"]
 
-
-@dataclass(frozen=True)
-class Row:
-    """One rule's entry: what came to the outputs of a module or function, and what left its inputs.
-
-    Attributes:
-        where: The submodule's path, or the function's name.
-        kind: The submodule's type, or ``"function"``.
-        rule: The rule, as it prints.
-        out: Relevance at the outputs, ``[*B, T]`` for T targets.
-        into: Relevance given on to the inputs, ``[*B, T]``.
-        absorbed: What was not given on, by cause, ``[*B, T]`` each. ``out`` is ``into`` plus these.
-    """
-
-    where: str
-    kind: str
-    rule: str
-    out: Tensor
-    into: Tensor
-    absorbed: dict[str, Tensor]
+Carries = Callable[[Any], bool]
+"""Whether relevance that arrives at a value is to be taken down: whether it depends on the inputs."""
 
 
-class Ledger:
-    """Where relevance went: one row per rule and call. Prints as a table of sums over the batch.
+class Watched:
+    """One call's arguments as copies, and what the copies stand for.
 
     Attributes:
-        rows: In the order of the forward pass.
-        start: The relevance that was started with, ``[*B, T]``.
-        arrived: What arrived at the attributed inputs, ``[*B, T]``.
-
-    >>> one, none = torch.ones(2, 1), torch.zeros(2, 1)
-    >>> row = Row("0", "Linear", "EpsilonRule", one, 0.75 * one, {"bias": 0.25 * one})
-    >>> ledger = Ledger([row], start=one, arrived=0.75 * one)
-    >>> ledger.absorbed("bias").flatten().tolist(), ledger.gap.abs().max().item()
-    ([0.25, 0.25], 0.0)
-    >>> print(ledger)
-    where      type    rule         out  in   absorbed
-    0          Linear  EpsilonRule  2    1.5  bias 0.5
-    (start)                         2
-    (inputs)                             1.5
-    (no rule)                                 0
+        entry: What is taken down of the call.
+        args: The arguments to hand over.
+        kwargs: The keyword arguments to hand over.
+        flow: Knows what depends on the explained inputs.
+        sums: Whether the call adds up what it is given.
+        copies: Copies, what they are copies of, and how often these had been written to by then.
     """
 
-    def __init__(self, rows: Iterable[Row], start: Tensor, arrived: Tensor) -> None:
-        self.rows, self.start, self.arrived = tuple(rows), start, arrived
+    def __init__(self, entry: Entry, args: Any, kwargs: Any, flow: Any, *, sums: bool) -> None:
+        self.entry, self._flow, given = entry, flow, leaves((args, kwargs))
+        # Beside something that flows, what lies behind a stop is a constant to rules.
+        flows = not sums and any(flow.depends(value) for value in given)
+        self._carries: Carries = flow.depends if flows else flow.carries
+        self.copies: list[tuple[Tensor, Tensor, int]] = []
+        self._held: list[tuple[Any, Any, Tensor, Tensor]] = []
+        self.args, self.kwargs = mapped(self._handed, tuple(args)), mapped(self._handed, kwargs)
 
-    @property
-    def causes(self) -> tuple[str, ...]:
-        """All causes that absorbed something, in the order of the rows."""
-        return tuple(dict.fromkeys(cause for row in self.rows for cause in row.absorbed))
+    def _handed(self, value: Any) -> Any:
+        if isinstance(value, TensorDict):
+            self._hold(value)
+        if not is_float(value):
+            return value
+        if self._carries(value):
+            return self._copy(value)
+        return value.detach() if self._flow.carries(value) else value
 
-    def absorbed(self, cause: str | None = None) -> Tensor:
-        """What all rules absorbed for one cause, or for all of them, ``[*B, T]``."""
-        total = torch.zeros_like(self.start)
-        for row in self.rows:
-            for name, value in row.absorbed.items():
-                if cause is None or name == cause:
-                    total = total + value
-        return total
+    def _copy(self, value: Tensor) -> Tensor:
+        for copy, original, _ in self.copies:
+            if original is value:  # some modules look whether query and key are the same
+                return copy
+        # Twice: what is handed over may be overwritten, and gradients are asked for as it was before.
+        kept = value.clone()
+        handed = kept.clone()
+        self.entry.inputs.append(Spot(kept))
+        self.copies.append((handed, value, writes(handed)))
+        return handed
 
-    @property
-    def gap(self) -> Tensor:
-        """``start − arrived − absorbed``: what went where no rule is, ``[*B, T]``.
+    def _hold(self, td: TensorDict) -> None:
+        """Copies in the places of a TensorDict's entries, while the call lasts."""
+        for key, value in [] if td.is_locked else list(td.items(True, True)):
+            if is_float(value) and self._carries(value):
+                copy = self._copy(value)
+                td.set(key, copy)
+                self._held.append((td, key, copy, value))
 
-        Constants that are added outside of rules (positions, masks), keys that are not attributed,
-        and non-linear operations that nobody handles.
-        """
-        return self.start - self.arrived - self.absorbed()
-
-    def check(self, tolerance: float) -> None:
-        """Raises :class:`ConservationError` where more than a share of the start is unaccounted for.
+    def given(self, result: Any, raw: Any) -> Any:
+        """A result for the model, as copies whose gradients are what arrives at this call.
 
         Args:
-            tolerance: The largest gap, as a share of the start's size (at least that of its mean).
+            result: With the rule's gradient.
+            raw: With the call's own gradient, in the same structure.
         """
-        scale = self.start.abs().clamp_min(self.start.abs().mean().clamp_min(1e-30))
-        # A score of exactly zero starts with the stand-in for zero, of which nothing need be left.
-        missing = (self.gap.abs() - tiny(self.start.dtype)).clamp_min(0)
-        worst = (missing / scale).max().item() if self.start.numel() else 0.0
-        if not worst <= tolerance:
-            raise ConservationError(
-                f"The ledger does not close: {worst:.3g} of the start is unaccounted for, more than "
-                f"{tolerance:g}. Constants added outside of rules, keys that are not attributed and "
-                "operations without a rule take relevance that no rule saw; print the ledger to see "
-                "what the rules did."
-            )
+        for td, key, copy, value in self._held:
+            if td.get(key) is copy:
+                td.set(key, value)
+        try:
+            return mapped(self._gives, result, raw)
+        except (KeyError, TypeError, ValueError):  # another structure
+            return mapped(lambda value: self._gives(value, value), result)
 
-    def __str__(self) -> str:
-        table = [("where", "type", "rule", "out", "in", "absorbed")]
-        for row in self.rows:
-            causes = ", ".join(f"{cause} {_sum(value)}" for cause, value in row.absorbed.items())
-            out, into = (_sum(value) for value in (row.out, row.into))
-            table.append((row.where or "(root)", row.kind, row.rule, out, into, causes))
-        sums = [_sum(value) for value in (self.start, self.arrived, self.gap)]
-        table.append(("(start)", "", "", sums[0], "", ""))
-        table.append(("(inputs)", "", "", "", sums[1], ""))
-        table.append(("(no rule)", "", "", "", "", sums[2]))
-        widths = [max(len(line[i]) for line in table) for i in range(5)]
-        return "\n".join(
-            "  ".join(
-                [*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[5]]
-            ).rstrip()
-            for line in table
-        )
+    def _gives(self, value: Any, raw: Any) -> Any:
+        if isinstance(value, TensorDict):
+            known = {id(original) for _, original, _ in self.copies}
+            for key, entry in [] if value.is_locked else list(value.items(True, True)):
+                if id(entry) not in known:
+                    value.set(key, self._gives(entry, entry))
+        if not is_float(value):
+            return value
+        for copy, original, before in self.copies:
+            if copy is value:  # overwritten, or just handed back
+                return original if writes(copy) != before else self._passed(value)
+        return self._passed(value, raw)
 
+    def _passed(self, value: Tensor, raw: Any = None) -> Tensor:
+        if not self._carries(value):
+            if not (self.entry.inputs and self._carries(raw)):
+                return value
+            # A rule lets nothing pass. What arrives there is wanted all the same.
+            value = _Stopped.apply(value, *[copy for copy, _, _ in self.copies])  # pyright: ignore
+        self.entry.outputs.append(Spot(value))
+        return value.clone()
 
-@dataclass
-class _Entry:
-    where: str
-    kind: str
-    rule: str
-    cause: str
-    inputs: list[Tensor]
-    outputs: list[Tensor] = field(default_factory=list)
-    surrogates: list[Tensor | None] = field(default_factory=list)
-    inside: list[_Entry] = field(default_factory=list)
-    also: _Entry | None = None
-    merged: bool = False
+    def write_back(self) -> None:
+        """Writes to the originals what was written to copies; it flows out of this call, too."""
+        for copy, value, before in self.copies:
+            if writes(copy) != before:
+                written = copy.clone()
+                self.entry.outputs.append(Spot(written))
+                value.copy_(written)
 
 
 class Recorder:
-    """Takes down one run's rules; :meth:`close` makes the ledger once gradients are known.
-
-    Every rule's inputs are given to it as copies of their own, so that what it gives on is told from
-    what other users of the same tensors do.
-    """
+    """Takes down one run's rules; :meth:`close` makes the ledger once gradients are known."""
 
     def __init__(self) -> None:
-        self._entries: list[_Entry] = []
-        self._under_way: list[_Entry] = []
-        self._pending: list[Tensor] = []
-        self._partner: _Entry | None = None
-        #: What a watched copy is a copy of.
+        self._entries: list[Entry] = []
+        self._under_way: list[Entry] = []
+        self._target: Entry | None = None
+        self._pending: Watched | None = None
+        self._partner: Entry | None = None
+        self._tagged: Sequence[Sequence[Sequence[Tensor]]] = ()
+        # Blocks that run again in the backward pass are not taken down again.
+        self._open = True
+        # What copies are copies of, and what was given to the model by which entry.
         self._copied: dict[int, tuple[Tensor, Tensor]] = {}
+        self._given: dict[int, tuple[Tensor, Entry]] = {}
 
     def original(self, tensor: Any) -> Any:
-        """What a watched copy is a copy of; the tensor itself where it is none."""
+        """What a copy that was handed over is a copy of; the tensor itself where it is none."""
         return self._copied.get(id(tensor), (None, tensor))[1]
 
-    def merge(self, made: Tensor) -> None:
-        """The call under way answers for the one that gave ``made`` as well."""
-        self._partner = next(
-            (e for e in self._entries if any(output is made for output in e.outputs)), None
-        )
-
-    def _finished(self, entry: _Entry, outputs: list[Tensor], surrogates: list[Any]) -> None:
-        entry.outputs = outputs
-        entry.surrogates = surrogates if len(surrogates) == len(outputs) else [None]
-        other, self._partner = self._partner, None
-        if other is not None:
-            entry.inputs, entry.also, other.merged = other.inputs, other, True
-            entry.where, entry.rule = f"{other.where} + {entry.where}", other.rule
-            entry.kind = f"{other.kind} + {entry.kind}"
+    def merge(self, made: Any) -> None:
+        """The call under way is one with the one that gave ``made`` to the model."""
+        found = self._given.get(id(self.original(made)))
+        self._partner = None if found is None else found[1]
 
     def enter(
-        self, where: str, module: nn.Module, rule: Any, args: Any, depends: Callable[[Any], bool]
-    ) -> Any:
-        """Ahead of a module's call: its arguments, as copies that are watched."""
-        inputs: list[Tensor] = []
-
-        def watch(value: Any) -> Any:
-            # Parameters have a graph, too, by which no explained input is reached.
-            if not _flows(value) or not depends(value):
-                return value
-            inputs.append(self._watched(value))
-            return inputs[-1]
-
-        args = mapped(watch, args)
-        cause = _cause(rule, module)
-        entry = _Entry(where, type(module).__name__, repr(rule), cause, inputs)
+        self, where: str, rule: Any, module: nn.Module, args: Any, kwargs: Any, flow: Any
+    ) -> Watched | None:
+        """Ahead of a module's call: its arguments, watched."""
+        if not self._open:
+            return None
+        entry = Entry(where, type(module).__name__, repr(rule))
+        watched = Watched(entry, args, kwargs, flow, sums=False)
+        self._note_copies(watched)
         self._start(entry)
         self._under_way.append(entry)
-        return args
+        entry.cause = of_module(rule, module, (args, kwargs), flow)
+        return watched
 
-    def leave(self, result: Any, surrogate: list[Any]) -> None:
-        """Behind it: what it gave, and its surrogates' :meth:`values`."""
-        entry = self._under_way.pop()
-        if entry.inputs:
-            self._finished(entry, _floats(result), surrogate)
-        else:  # nothing that is explained came in, or none that could be watched (by keyword)
-            self._forget(entry)
+    def leave(self, watched: Watched, result: Any, raw: Any, shares: list[Spot]) -> Any:
+        """Behind it: what it gives, for the model.
 
-    def function_inputs(
-        self, args: Any, kept: Any, written: bool, depends: Callable[[Any], bool]
-    ) -> tuple[Any, Any]:
-        """A function's arguments, as copies that are watched; what it overwrites stays itself."""
-        self._pending = []
+        Args:
+            watched: What :meth:`enter` gave.
+            result: What the module gives, with its rule's gradient.
+            raw: The same with the module's own gradient.
+            shares: How much of each output the surrogate accounts for.
+        """
+        while self._under_way.pop() is not watched.entry:
+            pass  # a call that did not return
+        watched.entry.first, self._partner = self._partner, None
+        given = watched.given(result, raw)
+        if len(shares) == len(watched.entry.outputs):
+            watched.entry.shares = shares
+        watched.write_back()
+        self._remember(given, watched.entry)
+        return given
 
-        def watch(value: Any) -> Any:
-            if not depends(value):
-                return value
-            self._pending.append(self._watched(value))
-            return self._pending[-1]
+    def function_reads(self, given: Any, flow: Any) -> Any:
+        """What a function's rule is about to be called with, in whatever structure, watched."""
+        self._pending = Watched(Entry("", "function", ""), (given,), {}, flow, sums=True)
+        self._note_copies(self._pending)
+        return self._pending.args[0]
 
-        watched = mapped(watch, tuple(kept))
-        return ((args[0], *watched[1:]) if written else watched), watched
-
-    def function(self, name: str, rule: Any, kept: Any, result: Tensor, surrogate: Any) -> Tensor:
-        """What a function gave, as a copy that is watched."""
-        if not _flows(result):  # it read no more than the shape of what depends on the inputs
+    def function_gives(self, name: str, rule: Any, result: Any) -> Any:
+        """What that function gives, with its rule's gradient; for the model."""
+        watched, self._pending = self._pending, None
+        if watched is None or not self._open or not watched.copies:
             return result
-        entry = _Entry(name, "function", repr(rule), _cause(rule, None), self._pending)
+        entry, partner = watched.entry, self._partner
+        entry.where, entry.cause = name, of_function(rule, name)
+        entry.rule = "" if rule is None else repr(rule)
+        entry.first, self._partner = partner, None
         self._start(entry)
-        result = result.clone()
-        self._finished(entry, [result], self.values(surrogate) or [None])
-        return result
+        copy = watched.copies[0][0]
+        given = watched.given(result, mapped(lambda _: copy, result))
+        watched.write_back()
+        self._remember(given, entry)
+        return given
 
-    @staticmethod
-    def values(surrogate: Any) -> list[Tensor]:
-        """A surrogate's value or values, before they are overwritten."""
-        return [
-            unwrapped(value)[0].detach().clone()
-            for value in leaves(surrogate)
-            if isinstance(value, Tensor) and value.is_floating_point()
-        ]
+    def function_inputs(self, args: Any, kept: Any, written: bool, depends: Any) -> Any:
+        return args, self.function_reads(kept, depends.__self__)
 
-    def _watched(self, value: Any) -> Any:
-        if not _flows(value):
-            return value
-        copy = value.clone()
-        self._copied[id(copy)] = (copy, value)
-        return copy
+    def function(self, name: str, rule: Any, kept: Any, result: Any, surrogate: Any) -> Any:
+        pending = self._pending
+        if pending is not None and isinstance(result, Tensor) and not pending._flow.depends(result):
+            self._pending = None
+            return result
+        return self.function_gives(name, rule, result)
 
-    def _start(self, entry: _Entry) -> None:
-        if self._under_way:
-            self._under_way[-1].inside.append(entry)
-        self._entries.append(entry)
+    def call(self, flow: Any, name: str, rule: Any, func: Any, args: Any, kwargs: Any) -> Any:
+        """Calls a function by its rule; what lies behind a stop is seen to.
 
-    def _forget(self, entry: _Entry) -> None:
-        self._entries = [other for other in self._entries if other is not entry]
-        if self._under_way:
-            outer = self._under_way[-1]
-            kept = [other for other in outer.inside if other is not entry]
-            outer.inside = kept + entry.inside
+        Where nothing else flows, it is called plainly, and watched. Summands are watched, too. Factors
+        are constants to the rule, and have to be constants to the gradient.
+
+        Args:
+            flow: Knows what depends on the explained inputs.
+            name: The function's.
+            rule: Its rule.
+            func: The function.
+            args: Its arguments.
+            kwargs: Its keyword arguments.
+        """
+        given = [value for value in leaves((args, kwargs)) if flow.carries(value)]
+        behind = [value for value in given if not flow.depends(value)]
+        if not behind or name in MOVES or not self._open:
+            return rule.call(flow, name, func, args, kwargs)
+        if len(behind) == len(given):
+            args, kwargs = self.function_reads((args, kwargs), flow)
+            return self.function_gives(name, None, func(*args, **kwargs))
+        if of_function(rule, name) != "constant" and not _overwrites(func):
+            stopped = {id(value) for value in behind}
+            args, kwargs = mapped(lambda v: v.detach() if id(v) in stopped else v, (args, kwargs))
+        return rule.call(flow, name, func, args, kwargs)
+
+    def outputs(self, outputs: Any, flow: Any) -> Any:
+        """A model's outputs for its targets, watched."""
+        entry = self._target = Entry("(target)", "target", "", "target")
+        seen = outputs.copy()
+        for key in seen.keys(True, True):
+            value = seen.get(key)
+            if is_float(value) and flow.carries(value):
+                kept = value.clone()
+                entry.inputs.append(Spot(kept))
+                seen.set(key, kept.clone())
+        return seen
 
     def tensors(self) -> list[Tensor]:
         """What gradients are needed at."""
-        return [
-            unwrapped(tensor)[0]
-            for entry in self._entries
-            for tensor in (*entry.inputs, *entry.outputs)
-        ]
+        self._open = False
+        self._entries = [entry for entry in self._entries if entry.outputs]
+        every = self._entries + ([] if self._target is None else [self._target])
+        return [spot.plain for entry in every for spot in (*entry.inputs, *entry.outputs)]
+
+    def tags(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Weights of the batch elements in further backward passes, for :meth:`tagged`.
+
+        Args:
+            parts: Scores, ``[*B, n]`` each.
+        """
+        return tags(parts[0].shape[:-1], parts[0].detach())
+
+    def tagged(self, grads: Sequence[Sequence[Sequence[Tensor]]]) -> None:
+        """Takes the gradients of these passes: by pass, by target, at :meth:`tensors`."""
+        self._tagged = grads
 
     def close(
         self,
@@ -274,100 +283,65 @@ class Recorder:
             start: Relevance that was started with, ``[*B, T]``.
             arrived: Relevance of the attributed inputs, ``[*B, T]``.
         """
-        place, found = 0, {}
-        for entry in self._entries:
-            n, m = len(entry.inputs), len(entry.outputs)
-            into = _total(entry.inputs, [g[place : place + n] for g in grads], batch, start)
-            at_outputs = [g[place + n : place + n + m] for g in grads]
-            out = _total(entry.outputs, at_outputs, batch, start)
-            absorbed = {}
-            surrogates = [s for s in entry.surrogates if s is not None]
-            if surrogates and len(surrogates) == len(entry.surrogates):
-                lost = [
-                    nonzero(unwrapped(y)[0]) - s
-                    for y, s in zip(entry.outputs, surrogates, strict=True)
-                ]
-                absorbed["stabiliser"] = _total(
-                    entry.outputs, at_outputs, batch, start, lambda i, lost=lost: lost[i]
-                )
-            found[id(entry)] = (out, into, absorbed)
-            place += n + m
-        rows = []
-        size = start.abs().max().clamp_min(1e-30) if start.numel() else start.new_ones(())
-        for entry in self._entries:
-            if entry.merged:
-                continue
-            out, into, absorbed = found[id(entry)]
-            if entry.also is not None:
-                more, _, lost = found[id(entry.also)]
-                out, absorbed = out + more, {**absorbed, **lost}
-            rest = out - into - sum(absorbed.values(), torch.zeros_like(out))
-            for inner in entry.inside:
-                rest = rest - _absorbed(inner, found)
-            absorbed = {**absorbed, entry.cause: rest}
-            least = 4 * max(torch.finfo(start.dtype).eps, 1e-12) * torch.maximum(size, out.abs())
-            kept = {k: v for k, v in absorbed.items() if not (v.abs() <= least).all()}
-            if entry.rule == "" and not kept:
-                continue
-            rows.append(Row(entry.where, entry.kind, entry.rule, out, into, kept))
-        return Ledger(rows, start, arrived)
+        columns = zip(*grads, strict=True)
+        passes = [list(zip(*tagged, strict=True)) for tagged in self._tagged]
+        found = (Found(g, [passed[i] for passed in passes]) for i, g in enumerate(columns))
+        return balanced(self._entries, self._target, found, batch, start, arrived)
+
+    def _note_copies(self, watched: Watched) -> None:
+        for copy, value, _ in watched.copies:
+            self._copied[id(copy)] = (copy, value)
+
+    def _start(self, entry: Entry) -> None:
+        if self._under_way:
+            self._under_way[-1].inside.append(entry)
+        self._entries.append(entry)
+
+    def _remember(self, given: Any, entry: Entry) -> None:
+        for value in leaves(given):
+            if is_float(value):
+                self._given[id(value)] = (value, entry)
 
 
-def _sum(value: Tensor) -> str:
-    return f"{value.sum().item():.4g}"
+def _overwrites(func: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    return name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
 
 
-def _absorbed(entry: _Entry, found: dict[int, Any]) -> Tensor:
-    out, into, _ = found[id(entry)]
-    return out - into
+def is_float(value: Any) -> bool:
+    """Whether a value is a tensor that relevance could flow through."""
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _total(
-    tensors: Sequence[Tensor],
-    grads: Sequence[Sequence[Tensor]],
-    batch: torch.Size,
-    like: Tensor,
-    weight: Callable[[int], Tensor] | None = None,
-) -> Tensor:
-    """``Σ x·g`` of several tensors for each batch element, ``[*B, T]``."""
-    columns = []
-    for column in grads:
-        total = like.new_zeros(batch)
-        for i, (tensor, gradient) in enumerate(zip(tensors, column, strict=True)):
-            plain, moved = unwrapped(tensor)
-            value = (nonzero(plain) if weight is None else weight(i)) * gradient
-            # Nothing arrives where a mask has put infinities, but zero times them is not zero.
-            value = torch.where(gradient == 0, gradient, value)
-            for place in reversed(moved):
-                value = value.movedim(place, -1)
-            total = total + _by_element(value.detach().to(like.dtype), batch)
-        columns.append(total)
-    return torch.stack(columns, -1)
+def writes(tensor: Tensor) -> int:
+    """How often a tensor has been written to."""
+    tensor, _ = unwrapped(tensor)
+    return 0 if tensor.is_inference() else tensor._version
 
 
-def _by_element(value: Tensor, batch: torch.Size) -> Tensor:
-    """The sum of a tensor for each batch element, which may be folded into its first dimension."""
-    if value.shape[: len(batch)] == batch:
-        return value.reshape(*batch, -1).sum(-1)
-    n = prod(batch)
-    if value.ndim and n and value.shape[0] % n == 0:
-        return value.reshape(n, -1).sum(-1).reshape(batch)
-    return value.sum().expand(batch) / max(n, 1)
+class _Stopped(torch.autograd.Function):
+    """A value that gradients arrive at and do not leave."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor, *behind: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.n = len(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:  # pyright: ignore
+        return (None,) * ctx.n
 
 
-def _cause(rule: Any, module: nn.Module | None) -> str:
-    named = getattr(rule, "absorbs", None)
-    if named:
-        return named
-    if module is not None and getattr(module, "bias", None) is not None:
-        return "bias"
-    inner = () if module is None else (name for name, _ in module.named_parameters())
-    return "bias" if any("bias" in name for name in inner) else "no rule"
-
-
-def _floats(values: Any) -> list[Tensor]:
-    return [value for value in leaves(values) if _flows(value)]
-
-
-def _flows(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point() and has_graph(value)
+_MOVES = """
+view view_as reshape reshape_as flatten unflatten ravel squeeze unsqueeze transpose t T mT H permute
+movedim moveaxis swapaxes swapdims expand expand_as broadcast_to select slice getitem narrow chunk
+split split_with_sizes tensor_split unbind unfold as_strided diagonal contiguous alias to type_as
+float double clone real view_as_real view_as_complex
+"""
+#: Functions that but move entries: nothing is absorbed there, and their results may be views.
+MOVES = frozenset(_MOVES.split())

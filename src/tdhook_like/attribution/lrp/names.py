@@ -16,6 +16,7 @@ __all__ = [
     "GATES",
     "PASSED",
     "PRODUCTS",
+    "SUMS",
     "TANGENTS",
     "TRANSPARENT",
     "spoken",
@@ -102,11 +103,13 @@ TRANSPARENT = _words(
     """
 )
 
-#: Linear entry by entry, beside constants: what they give is still a function of each entry alone.
+#: Sums, in which constants may take part: what they give is still a function of each entry alone.
+SUMS = _words("add sub rsub")
+
+#: Linear entry by entry, and alone.
 ENTRYWISE = _words(
     """
-    add sub rsub neg positive clone contiguous alias to type type_as float double half bfloat16
-    deg2rad rad2deg
+    neg positive clone contiguous alias to type type_as float double half bfloat16 deg2rad rad2deg
     """
 )
 
@@ -118,7 +121,9 @@ CARRYING = _words(
     atleast_1d atleast_2d atleast_3d chunk split split_with_sizes tensor_split hsplit vsplit dsplit
     unsafe_chunk unsafe_split unsafe_split_with_sizes unbind narrow narrow_copy select slice
     index_select getitem gather take take_along_dim masked_select roll flip fliplr flipud rot90
-    dropout dropout1d dropout2d dropout3d feature_dropout native_dropout masked_fill
+    as_strided unfold diagonal broadcast_tensors meshgrid real imag view_as_real view_as_complex conj
+    resolve_conj resolve_neg conj_physical
+    dropout dropout1d dropout2d dropout3d feature_dropout native_dropout
     rename refine_names align_to align_as
     """
 )
@@ -127,19 +132,19 @@ CARRYING = _words(
 #: own gradient is the rule.
 FOLLOWED = _words(
     """
-    cat stack hstack vstack dstack column_stack block_diag meshgrid broadcast_tensors
-    cartesian_prod combinations as_strided setitem delitem
+    cat stack hstack vstack dstack column_stack block_diag cartesian_prod combinations
+    setitem delitem masked_fill
     scatter_add select_scatter slice_scatter diagonal_scatter as_strided_scatter
     index_add index_copy index_put index_fill masked_scatter where fill fill_diagonal zero copy put
-    sum mean nansum nanmean sum_to_size cumsum trace diag diagonal diag_embed diagflat tril triu
+    sum mean nansum nanmean sum_to_size cumsum trace diag diag_embed diagflat tril triu
     diff gradient
-    pad constant_pad_nd unfold fold pixel_shuffle pixel_unshuffle
+    pad constant_pad_nd fold pixel_shuffle pixel_unshuffle
     native_channel_shuffle channel_shuffle interpolate upsample upsample_nearest
     upsample_bilinear affine_grid affine_grid_generator avg_pool1d avg_pool2d avg_pool3d
     adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
     alpha_dropout feature_alpha_dropout cpu cuda xpu ipu mtia cfloat cdouble chalf
     autocast_to_full_precision autocast_to_reduced_precision
-    real imag complex view_as_real view_as_complex conj resolve_conj resolve_neg conj_physical
+    complex
     fft ifft fft2 ifft2 fftn ifftn rfft irfft rfft2 irfft2 rfftn irfftn hfft ihfft hfft2 ihfft2
     hfftn ihfftn fftshift ifftshift embedding embedding_bag nll_loss nll_loss2d
     alias_copy as_strided_copy diagonal_copy expand_copy permute_copy select_copy slice_copy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,10 +13,10 @@ from tdhook_like.attribution.lrp.rule import is_float
 from tdhook_like.errors import ContextError
 from tdhook_like.hooks.surrogate import has_graph
 
-__all__ = ["TWICE", "levels", "once"]
+__all__ = ["check_levels", "once"]
 
 
-def levels(x: Tensor) -> int:
+def _levels(x: Tensor) -> int:
     """How many transforms differentiate with respect to a tensor."""
     found = 0
     while torch._C._functorch.is_functorch_wrapped_tensor(x):  # pyright: ignore[reportAttributeAccessIssue]
@@ -35,9 +36,23 @@ def once(value: Any) -> Any:
         )
     if not has_graph(value):
         return value
-    if levels(value) > 1:
-        raise ContextError(TWICE)
+    if _levels(value) > 1:
+        raise ContextError(_TWICE)
     return _Once.apply(value)
+
+
+def check_levels(points: Sequence[Tensor], create_graph: bool) -> None:
+    """Raises :class:`ContextError` where a transform would differentiate relevance of these inputs."""
+    for x in points:
+        if not torch._C._functorch.is_functorch_wrapped_tensor(x):  # pyright: ignore[reportAttributeAccessIssue]
+            continue
+        if create_graph:
+            raise ContextError(
+                "relevance(create_graph=True) builds a graph of autograd's, which torch.func's "
+                "transforms do not see. Differentiate it by torch.autograd.grad or backward()."
+            )
+        if _levels(x):
+            raise ContextError(_TWICE)
 
 
 class _Once(torch.autograd.Function):
@@ -70,10 +85,10 @@ class _Refused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore
-        raise ContextError(TWICE)
+        raise ContextError(_TWICE)
 
 
-TWICE = (
+_TWICE = (
     "The gradient of a RuledModel cannot be differentiated: rules hold factors constant that depend on "
     "the inputs. Take relevance(..., create_graph=True), or LRP(..., create_graph=True) on keys."
 )

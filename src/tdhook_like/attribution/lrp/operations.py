@@ -21,6 +21,7 @@ from tdhook_like.hooks.surrogate import attach, has_graph
 __all__ = [
     "FOLLOWED",
     "UNHANDLED",
+    "Added",
     "Carried",
     "Composed",
     "Followed",
@@ -106,6 +107,8 @@ class FunctionRule:
     ) -> Any:
         """As :meth:`replaced`, of a function that overwrites nothing."""
         recorder = flow.recorder
+        if recorder is not None and any(x.is_complex() for x in flow.operands(args, kwargs)):
+            recorder = None  # relevance is told of real numbers
         if recorder is not None:
             given = (args, kwargs)
             args, kwargs = recorder.function_inputs((), given, False, flow.depends)[1]
@@ -114,8 +117,9 @@ class FunctionRule:
         if not isinstance(output, Tensor):
             return output if surrogate is None else self._each(name, output, surrogate)
         result = output if surrogate is None else self._attached(name, output, surrogate)
-        if recorder is not None:
-            result = recorder.function(name, self, args, result, surrogate)
+        if recorder is not None and not output.is_complex():
+            # A copy flows on: what is watched must not be overwritten.
+            result = recorder.function(name, self, args, result, surrogate).clone()
         self.finished(flow, result, args, kwargs)
         return result
 
@@ -191,7 +195,9 @@ class Followed(FunctionRule):
 
 
 class Carried(Followed):
-    """Followed; and what is known of the one operand that matters holds of the result.
+    """Entries that move, or are scaled alike: what is known of the tensor holds of the result.
+
+    All relevance moves with them, so that the ledger has nothing to say; and views stay views.
 
     Args:
         entrywise: Whether each entry of the result is a function of that in its place.
@@ -202,17 +208,30 @@ class Carried(Followed):
         self._entrywise = entrywise
 
     def call(self, flow: Flow, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+        result = func(*args, **kwargs)
+        if args:
+            for part in result if isinstance(result, tuple | list) else (result,):
+                flow.follow(args[0], part)
+            if self._entrywise and is_known(flow.mode, args[0]):
+                record(flow.mode, result, args[:1])
+        return result
+
+
+class Added(Followed):
+    """Sums: each summand that depends on the inputs keeps its own part."""
+
+    def call(self, flow: Flow, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         result = super().call(flow, name, func, args, kwargs)
         mode = flow.mode
-        for value in args[:2] if self._entrywise else args[:1]:
-            related = self._entrywise and is_known(mode, value)
+        for value in args[:2]:
             marked = flow.marked("scale", value) or flow.marked("gate", value)
-            operands = flow.operands(args, kwargs) if marked or related else []
-            if marked and len(operands) == 1:
-                for part in result if isinstance(result, tuple | list) else (result,):
-                    flow.follow(value, part)
-            if related:
-                record(mode, result, operands)
+            related = is_known(mode, value)
+            if marked or related:
+                operands = flow.operands(args, kwargs)
+                if marked and len(operands) == 1:
+                    flow.follow(value, result)
+                if related:
+                    record(mode, result, operands)
         return result
 
 

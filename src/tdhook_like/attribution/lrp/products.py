@@ -95,7 +95,7 @@ class _OfOne(FunctionRule):
         surrogate = self.surrogate(flow, output, x)
         result = self._attached(name, output, surrogate)
         if flow.recorder is not None:
-            result = flow.recorder.function(name, Passed(), (), result, surrogate)
+            result = flow.recorder.function(name, Passed(), (), result, surrogate).clone()
         record(flow.mode, result, [self._x])
         return result
 
@@ -118,14 +118,20 @@ class Sum(Followed):
         self._factors = dict(factors)
 
     def call(self, flow: Flow, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        places = [i for i in self._factors.values() if i < len(args) and flow.depends(args[i])]
-        keys = [key for key in self._factors if key in kwargs and flow.depends(kwargs[key])]
+        places = {i for i in self._factors.values() if i < len(args) and flow.depends(args[i])}
+        keys = {key for key in self._factors if key in kwargs and flow.depends(kwargs[key])}
         n = len(places) + len(keys)
-        if n > 1:
-            flow.applied[name] += 1
-            args = tuple(shared(a, 1 / n) if i in places else a for i, a in enumerate(args))
-            kwargs = {k: shared(v, 1 / n) if k in keys else v for k, v in kwargs.items()}
-        return super().call(flow, name, func, args, kwargs)
+        if n < 2:
+            return super().call(flow, name, func, args, kwargs)
+        flow.applied[name] += 1
+
+        def sharing(*args: Any, **kwargs: Any) -> Any:
+            given = [shared(x, 1 / n) if i in places else x for i, x in enumerate(args)]
+            named = {key: shared(x, 1 / n) if key in keys else x for key, x in kwargs.items()}
+            return func(*given, **named)
+
+        sharing.__name__ = func.__name__  # which tells whether it overwrites its argument
+        return super().call(flow, name, sharing, args, kwargs)
 
 
 class Quotient(FunctionRule):

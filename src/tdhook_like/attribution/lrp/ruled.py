@@ -21,23 +21,25 @@ from torch import Tensor, nn
 
 from tdhook_like.attribution.lrp.batchnorm import BatchNormRule
 from tdhook_like.attribution.lrp.flow import Flow
-from tdhook_like.attribution.lrp.following import follow, left
+from tdhook_like.attribution.lrp.following import follow, inside_transforms, left
 from tdhook_like.attribution.lrp.functions import FunctionRules, functions_of
 from tdhook_like.attribution.lrp.handlers import handlers
-from tdhook_like.attribution.lrp.mappers import EpsilonPlus
-from tdhook_like.attribution.lrp.once import TWICE, levels, once
+from tdhook_like.attribution.lrp.once import check_levels, once
 from tdhook_like.attribution.lrp.plan import Planned, RulePlan
+from tdhook_like.attribution.lrp.policies import PolicyMapper
 from tdhook_like.attribution.lrp.rule import RuleMapper, is_float
-from tdhook_like.errors import ContextError, InputError, ModelError, RuleError, TargetError
+from tdhook_like.errors import (
+    ContextError,
+    InputError,
+    ModelError,
+    RuleError,
+    TargetError,
+    UnhandledOperationWarning,
+)
 from tdhook_like.hooks.functional import Functions, open_all
 from tdhook_like.hooks.installation import Before, Handler
 from tdhook_like.hooks.structure import mapped
-from tdhook_like.hooks.surrogate import (
-    Twice,
-    differentiated_again,
-    has_graph,
-    nonzero,
-)
+from tdhook_like.hooks.surrogate import Twice, differentiated_again, has_graph, nonzero
 from tdhook_like.paths import submodules
 from tdhook_like.shadow import Shadow, is_scripted
 
@@ -45,7 +47,7 @@ __all__ = ["RuledModel", "relevance"]
 
 
 class RuledModel(nn.Module):
-    """A model with rules for its gradient: gives what the model gives, bit for bit.
+    """A model with rules for its gradient; what it gives is what the model gives, bit for bit.
 
     The gradient of an output with respect to an input is relevance per unit of activation, so that
     relevance is :func:`relevance`, or ``nonzero(x)`` times a vector-Jacobian product taken in any
@@ -55,13 +57,14 @@ class RuledModel(nn.Module):
     The model runs on copies of its module objects. Each call reads the model's parameters, buffers
     and training flags as they are at that moment, so that it may be trained, moved or loaded
     meanwhile; what a run writes to buffers is lost. Rules, the modules themselves, their hooks and
-    plain attributes are those of the time when this was made. Only inputs carry a graph, parameters
-    take no part; and the gradient cannot be differentiated again, which is an error (see
-    :func:`relevance` for that).
+    plain attributes are those of the time when this was made. Only inputs carry a graph: parameters
+    enter as if they required no gradient (by which torch chooses between ways to multiply, and with
+    it the last bit). The gradient cannot be differentiated again, nor in forward mode: both are
+    errors; :func:`relevance` can build a graph. Without gradients (``no_grad``) there are no rules.
 
     Args:
         model: Any module. It becomes the submodule ``model``, and is only read.
-        rule_mapper: ``(name, module) -> Rule | None``; :class:`EpsilonPlus` if None.
+        rule_mapper: ``(name, module) -> Rule | None``; :class:`PolicyMapper` if None.
         functions: Rules of operations that no module stands for; the mapper's, or the usual ones,
             if None.
         unreached: What happens to a rule whose module is never called: ``"raise"`` or ``"ignore"``.
@@ -113,7 +116,7 @@ class RuledModel(nn.Module):
         if functions is not None and not isinstance(functions, FunctionRules):
             raise RuleError(f"functions must be FunctionRules or None, got {functions!r}.")
         self.model = model
-        self.rule_mapper = EpsilonPlus() if rule_mapper is None else rule_mapper
+        self.rule_mapper = PolicyMapper() if rule_mapper is None else rule_mapper
         self.unreached, self.unhandled = unreached, unhandled
         # Relevance may start at outputs that are zero: nobody has said yet where it starts.
         self.plan = RulePlan(model, self.rule_mapper, feeds_zeros=True)
@@ -193,7 +196,7 @@ class RuledModel(nn.Module):
         if self.unhandled == "raise":
             raise RuleError(text)
         self._told.update(new)
-        warnings.warn(text, UserWarning, stacklevel=5)
+        warnings.warn(text, UnhandledOperationWarning, stacklevel=5)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy stands for the copied model, with copies of its own.
@@ -213,8 +216,7 @@ def relevance(
 ) -> Any:
     """The relevance of inputs: ``nonzero(x)`` times the gradient of a :class:`RuledModel`.
 
-    A pure function, made of ``torch.func.vjp``: put ``vmap`` or ``torch.compile(fullgraph=True)``
-    around it.
+    A pure function: put ``vmap`` or ``torch.compile(fullgraph=True)`` around it.
 
     Args:
         function: A :class:`RuledModel`, or a function that calls one (to choose an output, say) and
@@ -249,7 +251,7 @@ def relevance(
         raise InputError(f"relevance() attributes floating-point tensors, and was given {kinds}.")
     points = [inputs[i] for i in at]
     if not torch.compiler.is_compiling():
-        _checklevels(points, create_graph)
+        check_levels(points, create_graph)
 
     def of(*values: Tensor) -> Tensor:
         given = list(inputs)
@@ -266,8 +268,16 @@ def relevance(
 
 def _plain(of: Callable[..., Tensor], points: list[Tensor], start: str | Tensor) -> list[Tensor]:
     points = [x.detach() for x in points]
-    output, pull = torch.func.vjp(of, *points)
-    grads = pull(_seed(start, output.detach()))
+    if torch.compiler.is_compiling() or inside_transforms():
+        output, pull = torch.func.vjp(of, *points)  # pyright: ignore[reportAssignmentType]
+        grads = pull(_seed(start, output.detach()))
+    else:  # the same with less around it
+        with torch.enable_grad():
+            output = of(*[x.requires_grad_() for x in points])
+        if not output.requires_grad:
+            return [torch.zeros_like(x) for x in points]
+        seed = _seed(start, output.detach())
+        grads = torch.autograd.grad(output, points, seed, materialize_grads=True)
     return [nonzero(x) * g.detach() for x, g in zip(points, grads, strict=True)]
 
 
@@ -311,19 +321,6 @@ def _one_tensor(output: Any) -> Tensor:
         f"relevance() explains one floating-point tensor, and the function returned a "
         f"{type(output).__name__}. Give a function that picks it: lambda x: ruled(x)[0]."
     )
-
-
-def _checklevels(points: list[Tensor], create_graph: bool) -> None:
-    for x in points:
-        if not torch._C._functorch.is_functorch_wrapped_tensor(x):  # pyright: ignore[reportAttributeAccessIssue]
-            continue
-        if create_graph:
-            raise ContextError(
-                "relevance(create_graph=True) builds a graph of autograd's, which torch.func's "
-                "transforms do not see. Differentiate it by torch.autograd.grad or backward()."
-            )
-        if levels(x):
-            raise ContextError(TWICE)
 
 
 # --- what a call's rules find --------------------------------------------------------------------

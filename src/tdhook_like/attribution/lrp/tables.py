@@ -18,11 +18,12 @@ from tdhook_like.attribution.lrp.names import (
     GATES,
     PASSED,
     PRODUCTS,
+    SUMS,
     TANGENTS,
 )
 from tdhook_like.attribution.lrp.normalised import group_norm, instance_norm, layer_norm, rms_norm
 from tdhook_like.attribution.lrp.norms import BatchNormalised, Normalised
-from tdhook_like.attribution.lrp.operations import Carried, Composed, Followed, FunctionRule
+from tdhook_like.attribution.lrp.operations import Added, Carried, Composed, Followed, FunctionRule
 from tdhook_like.attribution.lrp.products import Product, Quotient, Sum
 
 __all__ = ["table"]
@@ -43,6 +44,7 @@ def table(fixed: bool, signal: bool) -> dict[str, FunctionRule]:
         (FOLLOWED, Followed()),
         (CARRYING, Carried()),
         (ENTRYWISE, Carried(entrywise=True)),
+        (SUMS, Added()),
         (FOLLOWED & GATES, Followed(gate)),
         (PASSED, Passed()),
         (PASSED & GATES, Passed(gate)),

@@ -1,0 +1,382 @@
+"""Parameter randomisation, agreement with permutation, and hiding what matters from a policy."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
+from torchrl.data import Bounded, Categorical, Composite, Unbounded
+from torchrl.envs import EnvBase
+from torchrl.modules import LSTMModule, MultiAgentMLP
+
+from method_references import DOUBLE, Formula
+from pristine import assert_same, snapshot, td_snapshot
+from tdhook_like import (
+    LRP,
+    Each,
+    EpsilonPlus,
+    FromBuffer,
+    Greedy,
+    InputError,
+    InputXGradient,
+    KeyNotFoundError,
+    ModelError,
+    PathError,
+    Saliency,
+    TargetError,
+)
+from tdhook_like.attribution.drawing import Rows
+from tdhook_like.metrics import (
+    Hiding,
+    parameter_randomisation,
+    permutation_agreement,
+    returns_when_hidden,
+    spearman,
+)
+
+# --- ranks ------------------------------------------------------------------------------------------
+
+
+def slow_ranks(values: list[float]) -> list[float]:
+    return [sum(v < x for v in values) + (sum(v == x for v in values) + 1) / 2 for x in values]
+
+
+def test_spearman_is_the_correlation_of_mean_ranks():
+    a = torch.randint(4, (20, 9)).double()
+    b = torch.randn(20, 9, dtype=DOUBLE)
+    expected = []
+    for x, y in zip(a.tolist(), b.tolist(), strict=True):
+        pair = torch.tensor([slow_ranks(x), slow_ranks(y)], dtype=DOUBLE)
+        expected.append(torch.corrcoef(pair)[0, 1].item())
+    torch.testing.assert_close(spearman(a, b), torch.tensor(expected, dtype=DOUBLE))
+    assert spearman(torch.ones(3), torch.randn(3)).isnan()
+
+
+# --- randomisation ----------------------------------------------------------------------------------
+
+
+def critic(hidden: int = 16) -> nn.Module:
+    return nn.Sequential(nn.Linear(6, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(),
+                         nn.Linear(hidden, 1))  # fmt: skip
+
+
+def test_layers_are_drawn_anew_from_the_output_down_on_a_copy():
+    net, td = critic(), TensorDict({"x": torch.randn(40, 6)}, [40])
+    model = TensorDictModule(net, ["x"], ["y"])
+    before, inputs = snapshot(model), td_snapshot(td)
+    found = parameter_randomisation(InputXGradient("y"), model, td)
+    assert_same(before, snapshot(model))
+    assert_same(inputs, td_snapshot(td))
+    assert list(found.signed) == ["module.4", "module.2", "module.0"]
+    assert abs(found.signed["module.0"]) < 0.5 and found.n_rows == 40
+    again = parameter_randomisation(InputXGradient("y"), model, td)
+    assert again == found
+    assert parameter_randomisation(InputXGradient("y"), model, td, seed=1) != found
+    assert "down to module.0" in str(found) and found.to_dict()["module.4/sizes"] <= 1
+
+
+def test_an_explanation_that_ignores_the_model_is_found_out():
+    class Deaf(Saliency):
+        def combine(self, value: Tensor, gradient: Tensor) -> Tensor:
+            return value
+
+    td = TensorDict({"x": torch.randn(20, 6)}, [20])
+    found = parameter_randomisation(Deaf("y"), critic(), td, in_keys=["x"], out_keys=["y"])
+    assert all(value == pytest.approx(1) for value in found.signed.values())
+    true = parameter_randomisation(Saliency("y"), critic(), td, in_keys=["x"], out_keys=["y"])
+    assert true.signed["0"] < 0.6
+
+
+def test_one_layer_alone_or_chosen_ones():
+    net, td = critic(), TensorDict({"x": torch.randn(30, 6)}, [30])
+    given: dict[str, Any] = {"in_keys": ["x"], "out_keys": ["y"]}
+    # A last layer of one number scales all relevance alike, up to its sign.
+    alone = parameter_randomisation(
+        InputXGradient("y"), net, td, layers=["0", "4"], order="independent", **given
+    )
+    assert list(alone.signed) == ["0", "4"] and "only 0" in str(alone)
+    down = parameter_randomisation(InputXGradient("y"), net, td, layers=["4", "0"], **given)
+    first = parameter_randomisation(InputXGradient("y"), net, td, layers=["4"], **given)
+    assert down.signed["4"] == first.signed["4"]
+
+
+def test_parameters_that_are_shared_stay_shared_and_keep_mean_and_spread():
+    class Seen:
+        def __init__(self) -> None:
+            self.weights: list[tuple[Tensor, Tensor]] = []
+
+    seen = Seen()  # no list: a copied model shall write here too
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(50, 50), nn.Linear(50, 50)
+            self.two.weight = self.one.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.weights.append((self.one.weight, self.two.weight))
+            return self.two(torch.tanh(self.one(x))).sum(-1)
+
+    net, td = Tied(), TensorDict({"x": torch.randn(3, 50)}, [3])
+    parameter_randomisation(Saliency("y"), net, td, in_keys=["x"], out_keys=["y"])
+    assert all(one is two for one, two in seen.weights)
+    drawn, own = seen.weights[-1][0].detach(), net.one.weight.detach()
+    assert not torch.equal(drawn, own)
+    assert drawn.std().item() == pytest.approx(own.std().item(), rel=0.1)
+    assert drawn.mean().abs() < 0.01
+
+
+def test_recurrent_layers_and_stacked_agents_are_drawn_anew_too():
+    lstm = LSTMModule(3, 4, in_keys=["x", "h", "c"], out_keys=["y", ("next", "h"), ("next", "c")])
+    td = TensorDict({"x": torch.randn(9, 3), "is_init": torch.ones(9, 1, dtype=torch.bool),
+                     "h": torch.zeros(9, 1, 4), "c": torch.zeros(9, 1, 4)}, [9])  # fmt: skip
+    before = snapshot(lstm)
+    found = parameter_randomisation(Saliency(("y", 0), keys=["x"], abs=False), lstm, td)
+    assert_same(before, snapshot(lstm))
+    assert all(abs(value) < 0.95 for value in found.signed.values())
+    agents = MultiAgentMLP(
+        n_agent_inputs=4, n_agent_outputs=1, n_agents=3, centralised=False, share_params=False
+    )
+    model = TensorDictModule(agents, [("agents", "obs")], [("agents", "value")])
+    td = TensorDict({"agents": TensorDict({"obs": torch.randn(9, 3, 4)}, [9, 3])}, [9])
+    before = snapshot(model)
+    found = parameter_randomisation(Saliency(("agents", "value", 0, 0), abs=False), model, td)
+    assert_same(before, snapshot(model))
+    assert found.signed and all(value < 0.95 for value in found.signed.values())
+
+
+def test_rules_and_several_targets_are_compared_row_by_row():
+    td = TensorDict({"x": torch.randn(20, 6), "z": torch.randn(20, 2)}, [20])
+    net = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 3))
+    model = TensorDictModule(lambda x, z: net(torch.cat([x, z], -1)), ["x", "z"], ["y"])
+    model = TensorDictModule(Formula(lambda x, z: torch.cat([x, z], -1)), ["x", "z"], ["h"])
+    from tensordict.nn import TensorDictSequential
+
+    whole = TensorDictSequential(model, TensorDictModule(net, ["h"], ["y"]))
+    found = parameter_randomisation(LRP(EpsilonPlus(), Each("y")), whole, td)
+    assert found.n_rows == 60 and all(abs(v) < 0.9 for v in found.signed.values())
+
+
+# --- agreement --------------------------------------------------------------------------------------
+
+
+def test_keys_are_ranked_as_permuting_them_does():
+    net = TensorDictModule(
+        Formula(lambda a, b, c: 3 * a.sum(-1) + b.sum(-1) + 0 * c.sum(-1)), ["a", "b", "c"], ["y"]
+    )
+    td = TensorDict({k: torch.randn(300, 2) for k in "abc"}, [300])
+    seen = td_snapshot(td)
+    found = permutation_agreement(InputXGradient("y"), net, td)
+    assert_same(seen, td_snapshot(td))
+    assert found.correlation == pytest.approx(1) and found.first and found.n_rows == 300
+    assert found.method["a"] == pytest.approx(0.75, abs=0.03)
+    # Of a linear score both are proportional to weight times a spread.
+    assert found.permutation["a"] == pytest.approx(0.75, abs=0.03)
+    assert found.permutation["c"] == 0 and "rank correlation 1.000, the same first" in str(found)
+
+
+def test_features_may_be_compared_apart_and_a_wrong_explanation_disagrees():
+    weights = torch.tensor([4.0, 1.0, 0.1])
+    net = TensorDictModule(Formula(lambda x: x @ weights), ["x"], ["y"])
+    td = TensorDict({"x": torch.randn(200, 3) * torch.tensor([0.01, 1.0, 100.0])}, [200])
+    right = permutation_agreement(InputXGradient("y"), net, td, by="features")
+    wrong = permutation_agreement(Saliency("y"), net, td, by="features")
+    assert right.correlation == pytest.approx(1) and right.first
+    assert wrong.correlation == pytest.approx(-1) and not wrong.first
+    assert list(right.method) == ["x[0]", "x[1]", "x[2]"]
+
+
+# --- the environment --------------------------------------------------------------------------------
+
+
+class Cue(EnvBase):
+    """Ten steps; one reward for each action that is the sign of the cue. Noise says nothing."""
+
+    def __init__(self, batch: tuple[int, ...] = ()) -> None:
+        super().__init__(batch_size=batch)
+        self.observation_spec = Composite(
+            cue=Unbounded((*batch, 1)), noise=Unbounded((*batch, 3)), shape=batch
+        )
+        self.action_spec = Bounded(-100, 100, (*batch, 1))
+        self.reward_spec = Unbounded((*batch, 1))
+        self.done_spec = Categorical(2, (*batch, 1), dtype=torch.bool)
+        self.draw, self.steps = torch.Generator(), 0
+
+    def _set_seed(self, seed: int | None) -> None:
+        self.draw.manual_seed(seed or 0)
+
+    def _look(self) -> dict[str, Tensor]:
+        self.cue = torch.randn(*self.batch_size, 1, generator=self.draw)
+        noise = 0.3 * torch.randn(*self.batch_size, 3, generator=self.draw)
+        done = torch.full((*self.batch_size, 1), self.steps >= 10)
+        return {"cue": self.cue, "noise": noise, "done": done, "terminated": done}
+
+    def _reset(self, tensordict: TensorDictBase | None = None) -> TensorDictBase:
+        self.steps = 0
+        return TensorDict(self._look(), self.batch_size)
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        reward = (tensordict["action"].sign() == self.cue.sign()).float()
+        self.steps += 1
+        return TensorDict({**self._look(), "reward": reward}, self.batch_size)
+
+
+def reader() -> TensorDictModule:
+    return TensorDictModule(
+        Formula(lambda cue, noise: cue + 0.1 * noise.sum(-1, keepdim=True)),
+        ["cue", "noise"],
+        ["action"],
+    )
+
+
+@pytest.mark.parametrize("batch", [(), (4,)])
+def test_hiding_what_the_explanation_points_to_costs_more_than_hiding_anything(batch):
+    state = torch.get_rng_state()
+    found = returns_when_hidden(
+        InputXGradient("action"), reader(), Cue(batch), share=0.25, episodes=6, max_steps=20, seed=3
+    )
+    assert torch.equal(state, torch.get_rng_state())
+    assert list(found.returns) == ["nothing", "most", "random", "least"]
+    assert len(found.returns["most"]) == 6 * math.prod(batch)
+    means = found.means
+    assert means["nothing"] > 9 and means["least"] > 8.5
+    assert means["most"] < means["random"] < means["least"] + 0.5
+    assert found.points > 1 and "25% of the features" in str(found)
+    again = returns_when_hidden(
+        InputXGradient("action"), reader(), Cue(batch), share=0.25, episodes=6, max_steps=20, seed=3
+    )
+    assert all(torch.equal(found.returns[k], again.returns[k]) for k in means)
+
+
+def test_features_may_be_replaced_by_those_of_another_moment():
+    rows = Rows({("cue",): torch.randn(100, 1), ("noise",): torch.randn(100, 3)})
+    found = returns_when_hidden(
+        InputXGradient("action"),
+        reader(),
+        Cue(),
+        share=1.0,
+        fill=FromBuffer(rows),
+        which=["most"],
+        episodes=20,
+        max_steps=20,
+    )
+    assert 3 < found.means["most"] < 7  # ten coins
+
+
+def test_only_the_chosen_features_are_hidden_and_inputs_stay():
+    td = TensorDict({"cue": torch.full((5, 1), 2.0), "noise": torch.ones(5, 3)}, [5])
+    with InputXGradient("action").prepare(reader()) as hooked:
+        for which, expected in (("most", 0.3), ("least", 2.2)):
+            out = Hiding(hooked, which, 0.25)(td.copy())
+            torch.testing.assert_close(out["action"], torch.full((5, 1), expected))
+            assert torch.equal(out["cue"], td["cue"]) and "attr" not in out
+        out = Hiding(hooked, "most", 0.25, fill={"cue": -1.0})(td.copy())
+        torch.testing.assert_close(out["action"], torch.full((5, 1), -0.7))
+        assert torch.equal(Hiding(hooked, "most", 0.0)(td.copy())["action"], reader()(td)["action"])
+
+
+def test_rewards_of_a_next_episode_do_not_count():
+    class Recorded:
+        def set_seed(self, seed: int) -> None: ...
+
+        def rollout(self, max_steps: int, policy: Any) -> TensorDictBase:
+            done = torch.tensor([[0, 1, 0, 0], [0, 0, 0, 1]]).bool().unsqueeze(-1)
+            step = TensorDict({"reward": torch.ones(2, 4, 1), "done": done}, [2, 4])
+            return TensorDict({"next": step}, [2, 4])
+
+    found = returns_when_hidden(
+        InputXGradient("action"), reader(), Recorded(), which=[], episodes=1
+    )
+    assert found.returns["nothing"].tolist() == [2.0, 4.0]
+
+
+# --- bad input --------------------------------------------------------------------------------------
+
+
+class Silent:
+    def set_seed(self, seed: int) -> None: ...
+
+    def rollout(self, max_steps: int, policy: Any) -> TensorDictBase:
+        return TensorDict({}, [3])
+
+
+def hooked_reader(method: Any) -> Any:
+    return method.prepare(reader()).__enter__()
+
+
+TD = TensorDict({"x": torch.randn(4, 6)}, [4])
+GIVEN: dict[str, Any] = {"in_keys": ["x"], "out_keys": ["y"]}
+BAD: dict[str, tuple[Any, type[Exception], str]] = {
+    "unknown order": (
+        lambda: parameter_randomisation(Saliency("y"), critic(), TD, order="up", **GIVEN),
+        InputError,
+        "cascading",
+    ),
+    "unknown layer": (
+        lambda: parameter_randomisation(Saliency("y"), critic(), TD, layers=["1"], **GIVEN),
+        PathError,
+        "'1'",
+    ),
+    "no parameters": (
+        lambda: parameter_randomisation(Saliency(("y", 0)), nn.ReLU(), TD, **GIVEN),
+        ModelError,
+        "no parameters",
+    ),
+    "negative seed": (
+        lambda: parameter_randomisation(Saliency("y"), critic(), TD, seed=-1, **GIVEN),
+        InputError,
+        "seed",
+    ),
+    "agreement by rows": (
+        lambda: permutation_agreement(Saliency("y"), critic(), TD, by="rows", **GIVEN),
+        InputError,
+        "keys, features",
+    ),
+    "agreement of one element": (
+        lambda: permutation_agreement(Saliency("y"), critic(), TD[:1], **GIVEN),
+        InputError,
+        "there is 1 element",
+    ),
+    "no episodes": (
+        lambda: returns_when_hidden(Saliency("action"), reader(), Cue(), episodes=0),
+        InputError,
+        "episodes",
+    ),
+    "unknown kind": (
+        lambda: returns_when_hidden(Saliency("action"), reader(), Cue(), which=["some"]),
+        InputError,
+        "most, random, least",
+    ),
+    "no rewards": (
+        lambda: returns_when_hidden(Saliency("action"), reader(), Silent(), episodes=1),
+        KeyNotFoundError,
+        "no rewards",
+    ),
+    "a share above one": (
+        lambda: Hiding(hooked_reader(Saliency("action")), share=2.0),
+        InputError,
+        "share",
+    ),
+    "several targets": (
+        lambda: Hiding(hooked_reader(Saliency(Each("action")))),
+        TargetError,
+        "one target",
+    ),
+    "an unknown kind of hiding": (
+        lambda: Hiding(hooked_reader(Saliency(Greedy("action"))), "some"),
+        InputError,
+        "most, random, least",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_makes_no_sense_is_refused(case):
+    make, error, words = BAD[case]
+    with pytest.raises(error, match=words):
+        make()
