@@ -18,7 +18,6 @@ from method_references import DOUBLE, Formula, Joined, ablation, game, module, p
 from tdhook_like import (
     AtStep,
     BaselineError,
-    ContextError,
     Each,
     FromKey,
     InputError,
@@ -602,8 +601,6 @@ def test_baselines_that_do_not_fit_are_refused():
         )
     with pytest.raises(TypeError):
         FeaturePermutation("y", baselines=0.0)  # it has none
-    with pytest.raises(ContextError, match="at="):
-        FeatureAblation("y", at="0")
 
 
 def test_a_score_that_is_infinite_at_a_changed_input_is_an_error():

@@ -72,7 +72,9 @@ def test_maps_of_any_layer_are_those_by_hand(places, path, relu, drive):
         expected = map_by_hand(net, x, path, i, relu)
         assert expected.abs().max() > 0
         torch.testing.assert_close(td["attr_at", path][:, i], expected)
-        wide = F.interpolate(expected[:, None], x.shape[2:], mode=KINDS[places], align_corners=False)
+        wide = F.interpolate(
+            expected[:, None], x.shape[2:], mode=KINDS[places], align_corners=False
+        )
         torch.testing.assert_close(td["attr", "x"][:, i], wide.expand_as(x))
 
 
@@ -83,7 +85,9 @@ def test_maps_are_resized_as_asked(mode):
         td = hooked(TensorDict({"x": x}, [3]))
     kind: Any = "bicubic" if mode == "cubic" else mode
     small = td["attr_at", "second"].unsqueeze(1)
-    torch.testing.assert_close(td["attr", "x"], F.interpolate(small, (9, 9), mode=kind).expand_as(x))
+    torch.testing.assert_close(
+        td["attr", "x"], F.interpolate(small, (9, 9), mode=kind).expand_as(x)
+    )
 
 
 def test_without_interpolation_there_are_maps_of_several_layers_and_none_at_keys():
@@ -118,7 +122,9 @@ def test_only_keys_with_positions_get_a_map():
             return self.top(self.conv(pixels).tanh().flatten(1)) * speed
 
     td = TensorDict({"pixels": torch.randn(3, 1, 4, 4), "speed": torch.randn(3, 1)}, [3])
-    with GradCAM("y", at="conv", keys="pixels").prepare(Two(), ["pixels", "speed"], ["y"]) as hooked:
+    with GradCAM("y", at="conv", keys="pixels").prepare(
+        Two(), ["pixels", "speed"], ["y"]
+    ) as hooked:
         found = hooked(td.clone())
     assert set(found["attr"].keys()) == {"pixels"} and found["attr", "pixels"].shape == (3, 1, 4, 4)
     with (
@@ -185,7 +191,10 @@ def test_agents_that_share_a_convolution_have_a_map_each():
     assert td["attr", "x"].shape == x.shape
     kept: list[Tensor] = []
     with Saliency(
-        lambda td: td["y"][..., 1, :].sum(-1), abs=False, at="_empty_net.2", activations="_empty_net.2"
+        lambda td: td["y"][..., 1, :].sum(-1),
+        abs=False,
+        at="_empty_net.2",
+        activations="_empty_net.2",
     ).prepare(net, ["x"], ["y"]) as hooked:
         other = hooked(TensorDict({"x": x}, [5]))
     kept = [other["activations", "_empty_net.2"], other["attr_at", "_empty_net.2"]]

@@ -199,7 +199,10 @@ def test_several_named_targets_take_as_many_forwards_as_one(method, drive):
         return list(policy.module.calls.rows)
 
     several = {"a": "state_value", "b": ("logits", 0), "c": Greedy("logits"), "d": Taken("logits")}
-    assert forwards(several) == forwards("state_value") == forwards(Each("logits")) != []
+    entries = {"a": "state_value", "b": ("logits", 0), "c": ("logits", 1)}
+    assert forwards(entries) == forwards("state_value") != []
+    # Which entry is meant has to be looked up in a run, for several targets as for one.
+    assert forwards(several) == forwards(Greedy("logits")) == forwards(Each("logits")) != []
     if method != "integrated gradients":
         assert forwards(several) == [5]
 

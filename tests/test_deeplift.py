@@ -27,6 +27,7 @@ from tdhook_like import (
     Greedy,
     IntegratedGradients,
     LogProb,
+    TargetError,
     UnhandledOperationWarning,
 )
 from tdhook_like.attribution.deeplift import DeepLift, DeepLiftShap
@@ -41,7 +42,13 @@ def rand(*shape: int) -> Tensor:
 
 
 def explained(
-    net: nn.Module, x: Tensor, target: Any = "y", *, batch_dims: int = 1, drive: bool = True, **options: Any
+    net: nn.Module,
+    x: Tensor,
+    target: Any = "y",
+    *,
+    batch_dims: int = 1,
+    drive: bool = True,
+    **options: Any,
 ) -> TensorDict:
     method = DeepLift(target, **{**STRICT, **options})
     td = TensorDict({"x": x}, x.shape[:batch_dims])
@@ -143,10 +150,14 @@ def test_of_a_product_of_n_inputs_it_is_their_shapley_value():
     # Both share a product evenly over the orders of changing operands, if there are two or three.
     x, b = rand(6, 2), rand(2)
     td = explained(Formula(lambda x: x[..., 0] * x[..., 1]), x, baselines=b)
-    expected = torch.stack([(x[:, 0] - b[0]) * (x[:, 1] + b[1]), (x[:, 1] - b[1]) * (x[:, 0] + b[0])], -1)
+    expected = torch.stack(
+        [(x[:, 0] - b[0]) * (x[:, 1] + b[1]), (x[:, 1] - b[1]) * (x[:, 0] + b[0])], -1
+    )
     torch.testing.assert_close(td["attr", "x"], expected / 2)
     x, b = rand(6, 3), rand(3)
-    net = Formula(lambda x: torch.einsum("bi,bi,bi->b", *(x[..., i : i + 1].reshape(-1, 1) for i in range(3))))
+    net = Formula(
+        lambda x: torch.einsum("bi,bi,bi->b", *(x[..., i : i + 1].reshape(-1, 1) for i in range(3)))
+    )
     td = explained(net, x, baselines=b)
     for i, j, k in ((0, 1, 2), (1, 0, 2), (2, 0, 1)):
         # The integral of (b_j + t d_j)(b_k + t d_k) over t.
@@ -157,7 +168,13 @@ def test_of_a_product_of_n_inputs_it_is_their_shapley_value():
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_of_relu_networks_without_bias_and_with_a_zero_baseline_it_is_lrp_zero(bias):
-    layers = [nn.Linear(3, 9, bias), nn.ReLU(), nn.Linear(9, 7, bias), nn.ReLU(), nn.Linear(7, 2, bias)]
+    layers = [
+        nn.Linear(3, 9, bias),
+        nn.ReLU(),
+        nn.Linear(9, 7, bias),
+        nn.ReLU(),
+        nn.Linear(7, 2, bias),
+    ]
     net, x = nn.Sequential(*layers).double(), rand(8, 3)
     td = explained(net, x, ("y", 1))
     rule = EpsilonRule(1e-14)
@@ -165,162 +182,6 @@ def test_of_relu_networks_without_bias_and_with_a_zero_baseline_it_is_lrp_zero(b
     with LRP(mapper, ("y", 1)).prepare(net, ["x"], ["y"]) as hooked:
         relevance = hooked(TensorDict({"x": x}, [8]))["attr", "x"]
     assert torch.allclose(td["attr", "x"], relevance, rtol=1e-8, atol=1e-10) is not bias
-
-
-# --- what is made of several steps, by hand -------------------------------------------------------
-
-
-def shares(x: list[float], x0: list[float], function: Callable[[Any], Any]) -> list[float]:
-    """Attributions of ``function`` of duals: pairs of values and of linear shares of the inputs."""
-    inputs = [Dual(a, b, {i: 1.0}) for i, (a, b) in enumerate(zip(x, x0, strict=True))]
-    found = function(inputs)
-    return [found.m.get(i, 0.0) * (a - b) for i, (a, b) in enumerate(zip(x, x0, strict=True))]
-
-
-class Dual:
-    """A number at the input, the same at the baseline, and its multipliers of the inputs."""
-
-    def __init__(self, x: float, x0: float, m: dict[int, float]) -> None:
-        self.x, self.x0, self.m = x, x0, m
-
-    def scaled(self, x: float, x0: float, factor: float) -> Dual:
-        return Dual(x, x0, {i: factor * v for i, v in self.m.items()})
-
-    def __add__(self, other: Dual | float) -> Dual:
-        if isinstance(other, float):
-            return self.scaled(self.x + other, self.x0 + other, 1.0)
-        m = {i: self.m.get(i, 0.0) + other.m.get(i, 0.0) for i in {*self.m, *other.m}}
-        return Dual(self.x + other.x, self.x0 + other.x0, m)
-
-    def __mul__(self, other: Dual | float) -> Dual:
-        if isinstance(other, float):
-            return self.scaled(self.x * other, self.x0 * other, other)
-        here = self.scaled(0.0, 0.0, (other.x + other.x0) / 2)
-        there = other.scaled(0.0, 0.0, (self.x + self.x0) / 2)
-        return Dual(self.x * other.x, self.x0 * other.x0, (here + there).m)
-
-    def map(self, f: Callable[[float], float]) -> Dual:
-        y, y0 = f(self.x), f(self.x0)
-        return self.scaled(y, y0, (y - y0) / (self.x - self.x0))
-
-
-def total(values: list[Dual]) -> Dual:
-    found = values[0]
-    for value in values[1:]:
-        found = found + value
-    return found
-
-
-def softmax_by_hand(z: list[Dual], which: int) -> Dual:
-    e = [v.map(math.exp) for v in z]
-    return e[which] * total(e).map(lambda s: 1 / s)
-
-
-def norm_by_hand(z: list[Dual], which: int, eps: float = 1e-5, centre: bool = True) -> Dual:
-    n = len(z)
-    mean = total(z) * (-1 / n)
-    d = [v + mean for v in z] if centre else z
-    power = total([v.map(lambda t: t * t) for v in d]) * (1 / n) + eps
-    return d[which] * power.map(lambda t: t**-0.5)
-
-
-def largest_by_hand(z: list[Dual]) -> Dual:
-    p, q = max(z, key=lambda v: v.x), max(z, key=lambda v: v.x0)
-    carrier = p if p.x >= q.x0 else q
-    return carrier.scaled(p.x, q.x0, (p.x - q.x0) / (carrier.x - carrier.x0))
-
-
-BY_HAND: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[list[Dual]], Dual]]] = {
-    "softmax": (lambda x: F.softmax(x, -1)[..., 1], lambda z: softmax_by_hand(z, 1)),
-    "x.softmax": (lambda x: x.softmax(dim=-1)[..., 0], lambda z: softmax_by_hand(z, 0)),
-    "log_softmax": (
-        lambda x: F.log_softmax(x, -1)[..., 1],
-        lambda z: z[1] + total([v.map(math.exp) for v in z]).map(math.log) * -1.0,
-    ),
-    "logsumexp": (
-        lambda x: torch.logsumexp(x, -1),
-        lambda z: total([v.map(math.exp) for v in z]).map(math.log),
-    ),
-    "layer_norm": (lambda x: F.layer_norm(x, (4,))[..., 2], lambda z: norm_by_hand(z, 2)),
-    "rms_norm": (
-        lambda x: F.rms_norm(x, (4,), eps=1e-5)[..., 2],
-        lambda z: norm_by_hand(z, 2, centre=False),
-    ),
-    "quotient": (lambda x: x[..., 0].exp() / x[..., 1].cosh(),
-                 lambda z: z[0].map(math.exp) * z[1].map(math.cosh).map(lambda t: 1 / t)),
-    "max": (lambda x: x.max(-1).values, largest_by_hand),
-    "amax": (lambda x: x.amax(-1), largest_by_hand),
-    "max_pool1d": (lambda x: F.max_pool1d(x.unsqueeze(-2), 4).flatten(-2)[..., 0], largest_by_hand),
-    "maximum": (
-        lambda x: torch.maximum(x[..., 0], x[..., 1] * x[..., 2]),
-        lambda z: largest_by_hand([z[0], z[1] * z[2]]),
-    ),
-    "min": (
-        lambda x: x.amin(-1),
-        lambda z: largest_by_hand([v * -1.0 for v in z]) * -1.0,
-    ),
-    "norm": (
-        lambda x: x.norm(dim=-1),
-        lambda z: total([v.map(lambda t: t * t) for v in z]).map(math.sqrt),
-    ),
-    "glu": (
-        lambda x: F.glu(x, -1)[..., 0],
-        lambda z: z[0] * z[2].map(lambda t: 1 / (1 + math.exp(-t))),
-    ),
-    "where": (
-        lambda x: torch.where(x > 0, x, 0.1 * x).sum(-1),
-        lambda z: total([v.map(lambda t: t if t > 0 else 0.1 * t) for v in z]),
-    ),
-    "masked_fill": (
-        lambda x: x.masked_fill(x < 0, 0.0).sum(-1),
-        lambda z: total([v.map(lambda t: max(t, 0.0)) for v in z]),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BY_HAND)
-def test_functions_of_several_numbers_are_shared_as_by_hand(name):
-    function, by_hand = BY_HAND[name]
-    x, base = rand(20, 4) * 1.5, rand(4)
-    td = explained(Formula(function), x, baselines=base)
-    for row in range(20):
-        expected = shares(x[row].tolist(), base.tolist(), by_hand)
-        torch.testing.assert_close(td["attr", "x"][row].tolist(), expected, rtol=1e-9, atol=1e-11)
-
-
-def test_max_pooling_over_two_dimensions_is_that_of_each_window_by_hand():
-    x, base = rand(3, 2, 4, 6), rand(2, 4, 6)
-    weight = rand(2, 3, 4)
-
-    class Pooled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.pool = nn.MaxPool2d(2, stride=1, padding=1, dilation=2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return (self.pool(x) * weight[..., :, : self.pool(x).shape[-1]][:, : self.pool(x).shape[-2]]).sum(
-                (-1, -2, -3)
-            )
-
-    rows, columns = nn.MaxPool2d(2, 1, 1, 2)(x).shape[-2:]
-    weight = rand(2, rows, columns)
-    td = explained(Pooled(), x, baselines=base)
-    expected = torch.zeros_like(x)
-    for b in range(3):
-        for c in range(2):
-            for i in range(rows):
-                for j in range(columns):
-                    places = [
-                        (r, s)
-                        for r in (i - 1, i + 1)
-                        for s in (j - 1, j + 1)
-                        if 0 <= r < 4 and 0 <= s < 6
-                    ]
-                    p = max(places, key=lambda t: x[(b, c, *t)])
-                    q = max(places, key=lambda t: base[(c, *t)])
-                    y, y0 = x[(b, c, *p)], base[(c, *q)]
-                    expected[(b, c, *(p if y >= y0 else q))] += weight[c, i, j] * (y - y0)
-    torch.testing.assert_close(td["attr", "x"], expected, rtol=1e-10, atol=1e-12)
 
 
 # --- sums -----------------------------------------------------------------------------------------
@@ -370,9 +231,12 @@ BETWEEN: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "standardised": lambda net, h: (h - h.mean(-1, keepdim=True)) / h.std(-1, keepdim=True),
     "a variance": lambda net, h: h * h.var(-1, keepdim=True),
     "powers": lambda net, h: h**3 + h.abs() ** 0.5 + 1 / (1 + h**2) + h.square(),
-    "a matrix product": lambda net, h: (h.unsqueeze(-1) @ h.sin().unsqueeze(-2)) @ torch.ones(6).double(),
-    "weights from the input": lambda net, h: (F.linear(h, h.cos().mean(0, keepdim=True)) * h
-                                              if h.ndim == 1 else h * h.cos()),
+    "a matrix product": lambda net, h: (
+        (h.unsqueeze(-1) @ h.sin().unsqueeze(-2)) @ torch.ones(6).double()
+    ),
+    "weights from the input": lambda net, h: (
+        F.linear(h, h.cos().mean(0, keepdim=True)) * h if h.ndim == 1 else h * h.cos()
+    ),
     "clamps": lambda net, h: h.clamp(-0.3, 0.5) + F.hardtanh(h) + F.relu6(h) + F.leaky_relu(h),
     "attention": lambda net, h: net.attention(*[tokens(h)] * 3)[0].sum(-2),
     "attention that is functional": lambda net, h: F.scaled_dot_product_attention(
@@ -452,18 +316,24 @@ def test_every_number_of_batch_dimensions_will_do(batch):
     net, x, base = stack(nn.Tanh), rand(*batch, 4), rand(4)
     td = explained(net, x, ("y", 0), batch_dims=len(batch), baselines=base)
     flat = explained(net, x.reshape(-1, 4), ("y", 0), baselines=base)
-    torch.testing.assert_close(td["attr", "x"].reshape(-1, 4), flat["attr", "x"], rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(
+        td["attr", "x"].reshape(-1, 4), flat["attr", "x"], rtol=1e-11, atol=1e-13
+    )
     assert td["attr_gap"].shape == batch
 
 
-@pytest.mark.parametrize("alike", [True, False], ids=["one baseline", "a baseline for each element"])
+@pytest.mark.parametrize(
+    "alike", [True, False], ids=["one baseline", "a baseline for each element"]
+)
 def test_elements_are_explained_apart_whatever_baselines_they_have(alike):
     net, x = stack(nn.ReLU), rand(6, 4)
     base = rand(4).expand(6, 4) if alike else rand(6, 4)
     td = explained(net, x, ("y", 1), baselines=base)
     for row in range(6):
         alone = explained(net, x[row : row + 1], ("y", 1), baselines=base[row])
-        torch.testing.assert_close(td["attr", "x"][row], alone["attr", "x"][0], rtol=1e-11, atol=1e-13)
+        torch.testing.assert_close(
+            td["attr", "x"][row], alone["attr", "x"][0], rtol=1e-11, atol=1e-13
+        )
 
 
 @pytest.mark.parametrize("target", [Each("y"), {f"t{i}": ("y", i) for i in range(3)}, "greedy"])
@@ -492,7 +362,9 @@ def test_all_keys_together_make_the_change_and_those_left_out_are_held():
     change = model(x, z) - model(torch.ones_like(x), torch.full_like(z, -0.5))
     total = td["attr", "x"].sum(-1) + td["attr", "deep", "z"].sum((-1, -2))
     torch.testing.assert_close(total, change, rtol=1e-10, atol=1e-11)
-    with method.replaced(keys=("x",), baselines=1.0).prepare(model, ["x", ("deep", "z")], ["y"]) as hooked:
+    with method.replaced(keys=("x",), baselines=1.0).prepare(
+        model, ["x", ("deep", "z")], ["y"]
+    ) as hooked:
         alone = hooked(td.select("x", "deep"))
     change = model(x, z) - model(torch.ones_like(x), z)
     torch.testing.assert_close(alone["attr", "x"].sum(-1), change, rtol=1e-10, atol=1e-11)
@@ -543,7 +415,11 @@ def test_at_every_layer_the_difference_is_kept_and_shared_by_its_multiplier():
         below, there = net[: i + 1](x).detach(), net[: i + 1](base).detach()
         for row in range(6):
             rest = net[i + 1 :]
-            m = multipliers(rest, below[row], there, 1) if len(rest) else F.one_hot(torch.tensor(1), 3)
+            m = (
+                multipliers(rest, below[row], there, 1)
+                if len(rest)
+                else F.one_hot(torch.tensor(1), 3)
+            )
             expected = m * (below[row] - there)
             torch.testing.assert_close(td["attr_at", path][row], expected, rtol=1e-9, atol=1e-11)
 
@@ -574,7 +450,9 @@ def test_deeplift_shap_is_the_mean_over_baselines_with_its_standard_error(rows):
     with method.prepare(net, ["x"], ["y"]) as hooked:
         td = hooked(TensorDict({"x": x}, [5]))
     torch.testing.assert_close(td["attr", "x"], each.mean(0), rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(td["attr_error", "x"], each.std(0) / math.sqrt(7), rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(
+        td["attr_error", "x"], each.std(0) / math.sqrt(7), rtol=1e-8, atol=1e-12
+    )
     change = (net(x) - net(several).mean(0))[:, 0].detach()
     torch.testing.assert_close(td["attr", "x"].sum(-1), change, rtol=1e-9, atol=1e-11)
 
@@ -608,15 +486,27 @@ def test_all_keys_need_as_many_baselines():
 def test_a_function_without_a_rule_is_named_and_its_gap_is_written():
     net = Formula(lambda x: x.sort(-1).values[..., 0] * x.prod(-1))
     x = rand(6, 3)
-    with pytest.warns(UnhandledOperationWarning, match=r"prod\(\)"), pytest.warns(CompletenessWarning):
+    with (
+        pytest.warns(UnhandledOperationWarning, match=r"prod\(\)"),
+        pytest.warns(CompletenessWarning),
+    ):
         td = explained(net, x, baselines=rand(3), unhandled="warn", gap_tolerance=0.01)
     assert td["attr_gap"].abs().max() > 1e-3
 
 
 def test_a_model_that_takes_another_path_at_the_baseline_is_refused():
-    net = Formula(lambda x: x.tanh().sum(-1) if float(x.detach().sum()) > 0 else x.sigmoid().sum(-1))
+    net = Formula(
+        lambda x: x.tanh().sum(-1) if float(x.detach().sum()) > 0 else x.sigmoid().sum(-1)
+    )
     with pytest.raises(BaselineError, match=r"tanh\(\).*sigmoid\(\)|sigmoid\(\).*tanh\(\)"):
         explained(net, torch.ones(1, 3, dtype=DOUBLE), baselines=-1.0)
+
+
+@pytest.mark.parametrize(("at", "end"), [(0.0, "baseline"), (1.0, "input")])
+def test_a_score_that_is_infinite_at_an_end_is_refused(at, end):
+    net = Formula(lambda x: (x - at).abs().log().sum(-1))
+    with pytest.raises(TargetError, match=f"NaN or Inf at the {end}"):
+        explained(net, torch.ones(2, 3, dtype=DOUBLE), baselines=0.0 if at == 0.0 else 2.0)
 
 
 def test_rules_are_refused():
@@ -642,10 +532,14 @@ def test_policies_of_torchrl_are_explained():
         hooked(td)
     logits, at_zero = net(td["observation"]), net(torch.zeros(4, dtype=DOUBLE))
     action = td["action"].argmax(-1, keepdim=True)
-    change = (logits.log_softmax(-1) - at_zero.log_softmax(-1)).gather(-1, action).squeeze(-1).detach()
+    change = (
+        (logits.log_softmax(-1) - at_zero.log_softmax(-1)).gather(-1, action).squeeze(-1).detach()
+    )
     torch.testing.assert_close(td["attr", "observation"].sum(-1), change, rtol=1e-10, atol=1e-11)
 
-    agents = MultiAgentMLP(4, 2, 3, centralized=False, share_params=False, depth=1, num_cells=5).double()
+    agents = MultiAgentMLP(
+        4, 2, 3, centralized=False, share_params=False, depth=1, num_cells=5
+    ).double()
     model = TensorDictModule(agents, [("agents", "obs")], [("agents", "q")])
     td = TensorDict({"agents": TensorDict({"obs": rand(6, 3, 4)}, [6, 3])}, [6])
     base = torch.full((6, 3, 4), 0.3, dtype=DOUBLE)
@@ -672,6 +566,8 @@ def test_a_sequence_of_modules_is_explained_to_any_of_its_outputs():
     with DeepLift(targets, baselines=1.0, **STRICT).prepare(policy) as hooked:
         hooked(td)
     past = policy(TensorDict({"x": torch.ones(3, dtype=DOUBLE)}, []))
-    for name, here, there in (("h", td["hidden", "h"][..., 2], past["hidden", "h"][2]),
-                              ("y", td["y"][..., 0], past["y"][0])):
+    for name, here, there in (
+        ("h", td["hidden", "h"][..., 2], past["hidden", "h"][2]),
+        ("y", td["y"][..., 0], past["y"][0]),
+    ):
         torch.testing.assert_close(td["attr", name, "x"].sum(-1), (here - there).detach())

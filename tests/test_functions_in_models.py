@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from function_calls import numbers
 from tdhook_like import LRP, UnhandledOperationWarning
-from tdhook_like.attribution.lrp import CPLRP, AttnLRP, FunctionRule, FunctionRules
+from tdhook_like.attribution.lrp import CPLRP, AttnLRP, FunctionRule, FunctionRules, Rule
 from tdhook_like.errors import RuleError
 from test_function_rules import Calls, Nothing, explained, worst
 
@@ -308,3 +308,27 @@ def test_a_call_leaves_nothing_behind():
         assert all(ref() is None for ref in seen)
     finally:
         gc.enable()
+
+
+class Differentiating(Rule):
+    """A rule that takes a gradient of its own in the backward pass."""
+
+    def __init__(self) -> None:
+        self.errors: list[float] = []
+
+    def relevance(self, module: Any, inputs: Any, output: Any, R_out: Tensor) -> Tensor:
+        x = inputs[0].detach().requires_grad_()
+        with torch.enable_grad():
+            gradient = torch.autograd.grad((x * x).pow(2).sum() + x.tanh().sum(), x)[0]
+        want = 4 * x.detach() ** 3 + 1 - x.detach().tanh() ** 2
+        self.errors.append((gradient - want).abs().max().item())
+        return R_out
+
+
+def test_what_a_rule_computes_in_the_backward_pass_has_no_rules():
+    rule, layer = Differentiating(), nn.Linear(6, 6, dtype=torch.float64)
+    net = nn.Sequential(layer, Calls(torch.tanh))
+    mapper = lambda name, module: rule if module is layer else None  # noqa: E731
+    with LRP(mapper, ("y", 0)).prepare(net, in_keys=["x"], out_keys=["y"]) as hooked:
+        hooked(TensorDict({"x": numbers(2, 6)}, [2]))
+    assert rule.errors and max(rule.errors) < 1e-12

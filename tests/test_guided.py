@@ -68,7 +68,9 @@ def test_gradients_are_rectified_at_relus_and_nowhere_else(name, spelling, drive
     net, x = Net(SPELLINGS[spelling]).double(), torch.randn(6, 5, dtype=torch.float64)
     before = snapshot(net)
     functional = "functions" in spelling
-    with make(Each("y"), functional=functional, unhandled="raise").prepare(net, ["x"], ["y"]) as hooked:
+    with make(Each("y"), functional=functional, unhandled="raise").prepare(
+        net, ["x"], ["y"]
+    ) as hooked:
         td = (hooked if drive else hooked.observe)(TensorDict({"x": x}, [6]))
     assert_same(before, snapshot(net))
     expected = torch.stack([by_hand(net, x, i, passes) for i in range(2)], 1)
@@ -80,7 +82,10 @@ def test_gradients_are_rectified_at_relus_and_nowhere_else(name, spelling, drive
 
 @pytest.mark.parametrize("make", [GuidedBackprop, Deconvolution])
 def test_it_is_given_at_submodules_as_well(make):
-    net, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1)).double(), torch.randn(5, 3).double()
+    net, x = (
+        nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1)).double(),
+        torch.randn(5, 3).double(),
+    )
     with make("y", at="0").prepare(net, ["x"], ["y"]) as hooked:
         td = hooked(TensorDict({"x": x}, [5]))
     g = net[2].weight.detach().clamp(min=0).expand(5, -1)

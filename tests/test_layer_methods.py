@@ -78,10 +78,12 @@ def test_integrated_gradients_at_a_layer_lead_from_its_baseline_to_what_it_gives
 
 
 def test_without_keys_the_gap_is_the_layers():
-    net, x, base = made()
-    method = IntegratedGradients(("y", 0), keys=[], baselines={"middle": 0.5}, at="middle", n_steps=40)
+    net, x, _ = made()
+    method = IntegratedGradients(
+        ("y", 0), keys=[], baselines={"middle": 0.5}, at="middle", n_steps=40
+    )
     td = explained(method, net, x)
-    assert "attr" not in td.keys()
+    assert set(td.keys()) == {"x", "y", "attr_at", "attr_gap"}
     h = net.below(x).detach()
     change = (net.above(h, x) - net.above(torch.full_like(h, 0.5), x))[:, 0].detach()
     total = td["attr_at", "middle"].sum(-1)
@@ -90,14 +92,18 @@ def test_without_keys_the_gap_is_the_layers():
 
 
 def test_what_a_model_embeds_its_integers_to_has_a_path_of_its_own():
-    net = nn.Sequential(nn.Embedding(7, 4), nn.Flatten(-2), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 2))
+    net = nn.Sequential(
+        nn.Embedding(7, 4), nn.Flatten(-2), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 2)
+    )
     net = net.double()
     td = TensorDict({"words": torch.randint(7, (5, 2))}, [5])
     method = IntegratedGradients(("y", 1), at="0", n_steps=40)
     with method.prepare(net, ["words"], ["y"]) as hooked:
         hooked(td)
     here = net[1:](net[0](td["words"]))[:, 1] - net[1:](torch.zeros(5, 2, 4, dtype=DOUBLE))[:, 1]
-    torch.testing.assert_close(td["attr_at", "0"].sum((-1, -2)), here.detach(), rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(
+        td["attr_at", "0"].sum((-1, -2)), here.detach(), rtol=1e-8, atol=1e-9
+    )
 
 
 def test_perturbations_change_what_a_layer_gives():
@@ -138,7 +144,10 @@ def test_several_layers_targets_and_calls_are_what_they_are_alone():
             total = td["attr_at", "a", "top"].sum(-1)
             change = (net(x) - net(torch.full_like(x, 0.3)))[:, 0].detach()
             torch.testing.assert_close(total, change, rtol=1e-6, atol=1e-7)
-        if method in (Conductance, DeepLift):  # all runs through the second call, and through the first
+        if method in (
+            Conductance,
+            DeepLift,
+        ):  # all runs through the second call, and through the first
             for call in "01":
                 total = td["attr_at", "a", "layer", call].sum(-1)
                 torch.testing.assert_close(total, change, rtol=1e-2, atol=1e-3)
@@ -209,7 +218,7 @@ def test_internal_influence_is_the_mean_gradient_on_the_way(rows):
             point = base + node * (x[row] - base)
             expected += weight * slope_at(net, net.below(point), point, 1)
         torch.testing.assert_close(td["attr_at", "middle"][row], expected, rtol=1e-10, atol=1e-12)
-    assert "attr_gap" not in td.keys()
+    assert set(td.keys()) == {"x", "y", "attr", "attr_at"}
 
 
 METHODS: dict[str, Callable[..., Any]] = {
@@ -218,6 +227,17 @@ METHODS: dict[str, Callable[..., Any]] = {
     "internal influence": InternalInfluence,
     "deeplift": DeepLift,
 }
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_leaving_the_keys_out_changes_nothing_at_submodules(name):
+    net, x, base = made()
+    both, alone = (
+        explained(METHODS[name](("y", 0), baselines={"x": base}, at="middle", **options), net, x)
+        for options in ({}, {"keys": []})
+    )
+    assert set(alone.keys()) - {"attr_gap"} == {"x", "y", "attr_at"}
+    torch.testing.assert_close(alone["attr_at", "middle"], both["attr_at", "middle"])
 
 
 @pytest.mark.parametrize("batch", [(), (4,), (2, 3), (2, 1, 2)], ids=str)
@@ -230,9 +250,7 @@ def test_every_number_of_batch_dimensions_will_do(name, batch):
     flat = explained(method, net, x.reshape(-1, 3))
     at = td["attr_at", "middle"]
     assert at.shape == (*batch, 4)
-    torch.testing.assert_close(
-        at.reshape(-1, 4), flat["attr_at", "middle"], rtol=1e-10, atol=1e-12
-    )
+    torch.testing.assert_close(at.reshape(-1, 4), flat["attr_at", "middle"], rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -10,7 +10,14 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
-from torchrl.data import Bounded, Categorical, Composite, Unbounded
+from torchrl.data import (
+    Bounded,
+    Categorical,
+    Composite,
+    LazyTensorStorage,
+    ReplayBuffer,
+    Unbounded,
+)
 from torchrl.envs import EnvBase
 from torchrl.modules import LSTMModule, MultiAgentMLP
 
@@ -30,7 +37,6 @@ from tdhook_like import (
     Saliency,
     TargetError,
 )
-from tdhook_like.attribution.drawing import Rows
 from tdhook_like.metrics import (
     Hiding,
     parameter_randomisation,
@@ -254,18 +260,21 @@ def test_hiding_what_the_explanation_points_to_costs_more_than_hiding_anything(b
 
 
 def test_features_may_be_replaced_by_those_of_another_moment():
-    rows = Rows({("cue",): torch.randn(100, 1), ("noise",): torch.randn(100, 3)})
-    found = returns_when_hidden(
-        InputXGradient("action"),
-        reader(),
-        Cue(),
-        share=1.0,
-        fill=FromBuffer(rows),
-        which=["most"],
-        episodes=20,
-        max_steps=20,
-    )
-    assert 3 < found.means["most"] < 7  # ten coins
+    rows = TensorDict({"cue": torch.randn(100, 1), "noise": torch.randn(100, 3)}, [100])
+    buffer = ReplayBuffer(storage=LazyTensorStorage(100))
+    buffer.extend(rows)
+    for fill in (rows, FromBuffer(buffer)):
+        found = returns_when_hidden(
+            InputXGradient("action"),
+            reader(),
+            Cue(),
+            share=1.0,
+            fill=fill,
+            which=["most"],
+            episodes=20,
+            max_steps=20,
+        )
+        assert 3 < found.means["most"] < 7  # ten coins
 
 
 def test_only_the_chosen_features_are_hidden_and_inputs_stay():

@@ -27,9 +27,13 @@ from tdhook_like import (
     TargetError,
 )
 from tdhook_like.attribution.ablation import FeatureAblation, FeaturePermutation
+from tdhook_like.attribution.cam import GradCAM
 from tdhook_like.attribution.combined import AttributionMean
+from tdhook_like.attribution.deeplift import DeepLift
+from tdhook_like.attribution.layers import Conductance
 from tdhook_like.attribution.lrp import AlphaBetaRule, EpsilonPlus
 from tdhook_like.attribution.noise import Moments, NoiseTunnel
+from tdhook_like.attribution.rectified import GuidedBackprop
 from tdhook_like.attribution.shapley import ShapleyValueSampling
 
 BATCHES = [(), (3,), (3, 2), (2, 3, 2)]
@@ -210,6 +214,15 @@ def test_a_tunnel_goes_through_a_tunnel_and_through_permutation():
         assert torch.isfinite(td["attr", "x"]).all()
 
 
+def test_without_noise_methods_with_hooks_of_their_own_are_what_they_are_alone():
+    net = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)).double()
+    x = torch.randn(4, 3, dtype=DOUBLE)
+    for inner in (DeepLift(("y", 0), baselines=0.3), GuidedBackprop(("y", 0))):
+        alone = explained(inner, net, (4,), x=x)["attr", "x"]
+        td = explained(NoiseTunnel(inner, n_samples=3, stdevs=0.0), net, (4,), x=x)
+        torch.testing.assert_close(td["attr", "x"], alone, rtol=0, atol=1e-12)
+
+
 def test_several_targets_are_each_what_it_is_alone():
     net, x = Joined([3], 3).double(), torch.randn(4, 3, dtype=DOUBLE)
     make = lambda target: NoiseTunnel(InputXGradient(target), n_samples=5, kind="vargrad")  # noqa: E731
@@ -387,6 +400,12 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
         ContextError,
         "Wrap each of them",
     ),
+    "submodules along a path of its own": (
+        lambda: NoiseTunnel(Conductance("y", at="0")),
+        ContextError,
+        "leave at= out",
+    ),
+    "a map of one run": (lambda: NoiseTunnel(GradCAM("y", at="0")), ContextError, "one run"),
     "a graph": (lambda: NoiseTunnel(Saliency("y", create_graph=True)), ContextError, "graph"),
     "unknown option": (lambda: NoiseTunnel(Saliency("y"), n=3), TypeError, "'n'"),
     "unknown key": (

@@ -57,7 +57,12 @@ def test_a_neuron_is_explained_as_the_output_of_a_model_that_ends_there(name, de
     assert_same(before, snapshot(net))
     cut = explained(METHODS[name](("y", 2)), net[:depth], x)
     torch.testing.assert_close(td["attr", "x"], cut["attr", "x"], rtol=1e-10, atol=1e-12)
-    keys = {"x", "attr", *(["y"] if drive else []), *(["attr_gap"] if "attr_gap" in cut.keys() else [])}
+    keys = {
+        "x",
+        "attr",
+        *(["y"] if drive else []),
+        *(["attr_gap"] if cut.get("attr_gap", None) is not None else []),
+    }
     assert set(td.keys()) == keys
     if drive:
         assert bits(td["y"]) == bits(net(x).detach())
@@ -171,9 +176,13 @@ def test_every_number_of_batch_dimensions_will_do(name, batch):
 def test_an_agents_neuron_stands_at_the_agents_place(name):
     from torchrl.modules import MultiAgentMLP
 
-    agents = MultiAgentMLP(4, 2, 3, centralized=False, share_params=False, depth=1, num_cells=5).double()
+    agents = MultiAgentMLP(
+        4, 2, 3, centralized=False, share_params=False, depth=1, num_cells=5
+    ).double()
     model = TensorDictModule(agents, [("agents", "obs")], [("agents", "q")])
-    td = TensorDict({"agents": TensorDict({"obs": torch.randn(6, 3, 4, dtype=DOUBLE)}, [6, 3])}, [6])
+    td = TensorDict(
+        {"agents": TensorDict({"obs": torch.randn(6, 3, 4, dtype=DOUBLE)}, [6, 3])}, [6]
+    )
     with METHODS[name](Unit("module._empty_net.0", 2, 4)).prepare(model) as hooked:
         hooked(td)
     relevance = td["attr", "agents", "obs"]

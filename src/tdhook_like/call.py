@@ -13,9 +13,9 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
+from tdhook_like.attribution.cuts import at_submodules
 from tdhook_like.attribution.lrp.flow import Flow
 from tdhook_like.attribution.lrp.ledger import Recorder
-from tdhook_like.attribution.cuts import at_submodules
 from tdhook_like.attribution.method import Attribution, GradientMethod, PathMethod, by_member
 from tdhook_like.baselines import resolve
 from tdhook_like.errors import (
@@ -301,7 +301,8 @@ class Call:
         template = private_copy(self._td, context.in_keys, own=context.runner.overwrites)
         if self._undeclared:
             template.batch_size = outputs.batch_size  # pyright: ignore[reportAttributeAccessIssue]
-        keys, inputs = tuple(self._inputs), tuple(x.detach() for x in self._inputs.values())
+        varied = self._inputs or self._floating(template)
+        keys, inputs = tuple(varied), tuple(x.detach() for x in varied.values())
         spec = getattr(method, "baselines", None)
         plain = spec is None or isinstance(spec, int | float | Tensor)
         with nullcontext() if plain else OwnDraws(self._state):  # a buffer is sampled from
@@ -323,7 +324,15 @@ class Call:
         score.reads_all = len(keys) == len(context.in_keys)
         at = context.at is not None and method.own_at
         score.at_paths = tuple(context.at.modules) if context.at is not None and at else ()
-        attribution = method.attribute(score, baselines) if keys or at else Attribution([])
+        if at and not keys:
+            raise InputError(
+                f"{type(method).__name__} follows what changes between a baseline's inputs and these, "
+                "and no key is attributed. IntegratedGradients(at=…) changes what a submodule gives."
+            )
+        shown = bool(self._inputs)
+        attribution = method.attribute(score, baselines) if shown or at else Attribution([])
+        if not shown:
+            attribution.inputs, attribution.errors = [], None
         if context.at is not None and not at:
             at_submodules(method, score, context, attribution)
         self._check_reached()
@@ -404,6 +413,15 @@ class Call:
         if self._undeclared:
             declare(outputs, list(self._inputs.values()), self._context.out_keys)
 
+    def _floating(self, td: TensorDictBase) -> dict[NestedKey, Tensor]:
+        """What leads to submodules, where they alone are attributed to."""
+        found = {key: td.get(key, None) for key in self._context.in_keys}
+        return {
+            key: value
+            for key, value in found.items()
+            if isinstance(value, Tensor) and value.is_floating_point()
+        }
+
     def _bound_before(self) -> tuple[View, TargetColumns] | None:
         """Targets that were bound in an earlier call, where a run would tell nothing new."""
         context = self._context
@@ -461,10 +479,11 @@ class Call:
                 module = of(original)
                 rule = after.get(id(module), (module, None))[1]
                 after[id(module)] = (module, captured.handler(path, rule))
-        for path, original in ports.modules.items() if ports is not None else ():
-            module = of(original)
-            rule = after.get(id(module), (module, None))[1]
-            after[id(module)] = (module, ports.handler(path, rule))
+        if ports is not None:
+            for path, original in ports.modules.items():
+                module = of(original)
+                rule = after.get(id(module), (module, None))[1]
+                after[id(module)] = (module, ports.handler(path, rule))
         mode = functions or flow.mode
         if not after and not before and mode is None:
             return self._twice or nullcontext()

@@ -22,8 +22,8 @@ from tdhook_like.defaults import default_target, recurrent_modules
 from tdhook_like.errors import ContextError, KeyNotFoundError, ModelError, TargetError, listed
 from tdhook_like.hooks.scratch import Scratch
 from tdhook_like.keys import as_tuple, check_known, key_list, shortest
-from tdhook_like.ports import is_port
 from tdhook_like.paths import Selection, select, unwrapped, walk
+from tdhook_like.ports import is_port
 from tdhook_like.runner import Runner
 from tdhook_like.score import TargetColumns
 from tdhook_like.shadow import is_scripted
@@ -121,7 +121,7 @@ class HookContext:
         self.scratch = Scratch()
         self._open: HookedModule | None = None
         self._check_roots()
-        known = (*self._explained_keys(), *self._at_modules())
+        known = (*(self._explained_keys() or self.in_keys), *self._at_modules())
         check_baselines(getattr(method, "baselines", None), known)
 
     def __enter__(self) -> HookedModule:

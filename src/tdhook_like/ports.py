@@ -113,7 +113,9 @@ class Ports:
 
         def handle(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             changed = rule(module, args, kwargs, output) if rule is not None else None
-            return mapped(lambda value: self._one(path, value), output if changed is None else changed)
+            return mapped(
+                lambda value: self._one(path, value), output if changed is None else changed
+            )
 
         return handle
 

@@ -359,6 +359,10 @@ class Score:
         keys, points = tuple(values), list(values.values())
         return self._evaluated(self._layout(), keys, points)
 
+    def outputs(self) -> TensorDictBase:
+        """What the model writes at the explained TensorDict as it is; inside :meth:`installed`."""
+        return self._run(self._template.copy())
+
     def of(
         self,
         values: Mapping[NestedKey, Tensor],
@@ -391,8 +395,8 @@ class Score:
         if self.batch[0] < 2 or not all(torch.equal(p, p[:, :1].expand_as(p)) for p in points):
             return None
         other = copy.copy(self)
-        other._template = self._template[:1]
-        other.batch = other._template.batch_size
+        other._template = self._template[0].unsqueeze(0)
+        other.batch = torch.Size([1])
         return other, [p[:, :1] for p in points]
 
     def _evaluate(self, layout: Layout, points: Sequence[Tensor]) -> list[Tensor]:

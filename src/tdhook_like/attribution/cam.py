@@ -44,8 +44,8 @@ class GradCAM(GradientMethod):
             ``keys=``).
         relu: Whether to keep positive evidence alone.
         interpolate: How the map is resized to keys: ``"linear"`` (over as many dimensions as there
-            are), ``"nearest"``, ``"nearest-exact"``, ``"cubic"`` (two dimensions), ``"area"``. None for no
-            results at keys.
+            are), ``"nearest"``, ``"nearest-exact"``, ``"cubic"`` (two dimensions), ``"area"``. None for
+            no results at keys.
         channel_dim: Which of the dimensions behind the batch dimensions are the channels.
 
     Raises:
@@ -178,7 +178,7 @@ class GuidedGradCAM(PathMethod):
     def attribute(self, score: Score, baselines: tuple[Tensor, ...]) -> Attribution:
         """The map under plain gradients, and the inputs' gradient under guided ones."""
         (path,) = score.at_paths
-        cam = GradCAM(self.target, at=path, channel_dim=self.channel_dim)
+        cam = GradCAM(self.target, at=(path,), channel_dim=self.channel_dim)
         here: dict[NestedKey, Tensor] = {
             key: x.unsqueeze(0) for key, x in zip(score.keys, score.inputs, strict=True)
         }
@@ -241,9 +241,9 @@ def resized(found: Tensor, places: int, x: Tensor, mode: str) -> Tensor:
     lead = found.shape[: found.ndim - places]
     if x.ndim < found.ndim or x.shape[: len(lead)] != lead:
         raise InputError(
-            f"A map of shape {tuple(found.shape)} with {places} dimensions of positions cannot be resized "
-            f"to an input of shape {tuple(x.shape)}: name the keys that have positions, keys=[…], or take "
-            "interpolate=None."
+            f"A map of shape {tuple(found.shape)} with {places} dimensions of positions cannot be "
+            f"resized to an input of shape {tuple(x.shape)}: name the keys that have positions, "
+            "keys=[…], or take interpolate=None."
         )
     size = x.shape[x.ndim - places :]
     kind = {("linear", 2): "bilinear", ("linear", 3): "trilinear", ("cubic", 2): "bicubic"}
@@ -280,6 +280,6 @@ def _one_path(method: Method, context: HookContext) -> None:
     paths = [] if context.at is None else list(context.at.modules)
     if len(paths) != 1:
         raise PathError(
-            f"{type(method).__name__}: at={method.at!r} chooses {len(paths)} submodules, {listed(paths)}; "
-            "results at keys come from one."
+            f"{type(method).__name__}: at={method.at!r} chooses {len(paths)} submodules, "
+            f"{listed(paths)}; results at keys come from one."
         )

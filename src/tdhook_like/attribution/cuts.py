@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,21 +47,25 @@ def at_submodules(
         cut = score.of(values, baselines, context.layouts_at.setdefault(path, {}))
         found = method.attribute(cut, baselines)
         attribution.modules[path] = list(found.inputs)
-        if not score.inputs and len(context.at.modules) == 1:
+        if not attribution.inputs and len(context.at.modules) == 1:
             attribution.gap, attribution.scale = found.gap, found.scale
 
 
 def given_at(
-    score: Score, inputs: tuple[Tensor, ...], paths: object
+    score: Score, inputs: tuple[Tensor, ...], paths: Iterable[str]
 ) -> dict[str, list[Tensor]]:
     """What submodules give at given inputs, ``[*B, *features]``, call by call; by path."""
+    if not inputs:
+        with torch.no_grad(), score.installed():
+            outputs = score.outputs()
+        return {path: calls_at(outputs, path) for path in paths}
     values: dict[NestedKey, Tensor] = {
         key: x.unsqueeze(0) for key, x in zip(score.keys, inputs, strict=True)
     }
     assert score.layout  # tried out before anything is installed
     with torch.no_grad(), score.installed():
         _, outputs = score.evaluated(values)
-    return {path: [value[0] for value in calls_at(outputs, path)] for path in paths}  # pyright: ignore
+    return {path: [value[0] for value in calls_at(outputs, path)] for path in paths}
 
 
 def _baselines(

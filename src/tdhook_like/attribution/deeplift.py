@@ -118,12 +118,7 @@ class DeepLift(PathMethod):
             parts, outputs = _run(first, tape, dict(zip(score.keys, starts, strict=True)))
         if first is not score:
             tape.narrow = score.batch[0]
-        before = joined(parts)
-        if not torch.isfinite(before).all():
-            raise TargetError(
-                f"{score.what} is NaN or Inf at the baseline, so there is no change of it to attribute. "
-                "Take another baseline."
-            )
+        before = _finite(joined(parts), score, "baseline")
         ends = [(x, b) for x, b in zip(inputs, baselines, strict=True)]
         leaves = {
             key: x.detach().requires_grad_() for key, x in zip(score.keys, inputs, strict=True)
@@ -139,7 +134,7 @@ class DeepLift(PathMethod):
             ends += zip(calls_at(outputs, path), calls, strict=True)
         changes = [(x - b).detach() for x, b in ends]
         shares = [[g[i] * change for g in found] for i, change in enumerate(changes)]
-        after, n = joined(parts).detach(), len(inputs)
+        after, n = _finite(joined(parts).detach(), score, "input"), len(inputs)
         gap, scale = None, None
         if n:
             dims, change = after.ndim - 1, after - before
@@ -283,7 +278,9 @@ def _rows(spec: Any) -> Any:
     if not isinstance(spec, Tensor):
         return spec
     if not spec.ndim or not len(spec):
-        raise BaselineError("DeepLiftShap: a tensor of baselines has their number in front, at least 1.")
+        raise BaselineError(
+            "DeepLiftShap: a tensor of baselines has their number in front, at least 1."
+        )
     if not spec.is_meta and not torch.isfinite(spec).all():
         raise BaselineError("The baseline holds NaN or Inf.")
     return Rows(spec)
@@ -311,9 +308,7 @@ class _Means:
             self.errors.append(mean.error().to(chunks[0].dtype))
 
 
-def _run(
-    score: Score, tape: Tape, values: dict[NestedKey, Tensor]
-) -> tuple[list[Tensor], Any]:
+def _run(score: Score, tape: Tape, values: dict[NestedKey, Tensor]) -> tuple[list[Tensor], Any]:
     """Scores and outputs of a run that the tape watches, the target's own functions too."""
     with score.installed(tape.mode):
         tape.mode.running += 1
@@ -321,6 +316,15 @@ def _run(
             return score.evaluated(values)
         finally:
             tape.mode.running -= 1
+
+
+def _finite(scores: Tensor, score: Score, end: str) -> Tensor:
+    if not torch.isfinite(scores).all():
+        raise TargetError(
+            f"{score.what} is NaN or Inf at the {end}, so there is no change of it to attribute. Take "
+            "another baseline, or explain other elements."
+        )
+    return scores
 
 
 def _total(columns: Sequence[Sequence[Tensor]], dims: int) -> Tensor:

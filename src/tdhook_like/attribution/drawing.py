@@ -12,12 +12,12 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 from torch.distributions import Distribution
 
-from tdhook_like.baselines import BaselineSpec, FromBuffer
+from tdhook_like.baselines import BaselineSpec, FromBuffer, resolve
 from tdhook_like.errors import BaselineError
 from tdhook_like.keys import as_tuple
 from tdhook_like.score import Score
 
-__all__ = ["Drawable", "FromDistribution", "Rows", "check_rows", "drawn_from"]
+__all__ = ["Drawable", "FromDistribution", "Rows", "check_rows", "drawn", "drawn_from"]
 
 One = BaselineSpec | Distribution
 Drawable = One | TensorDictBase | Mapping[NestedKey, One] | None
@@ -119,6 +119,41 @@ def drawn_from(spec: Any) -> Any:
     return FromDistribution(spec) if isinstance(spec, Distribution) else spec
 
 
+def drawn(spec: Any, score: Score, n: int) -> list[Tensor]:
+    """Baselines of ``score.inputs``, n times, ``[n, *B, *F]`` for each key."""
+    each = [_of_key(spec, key) for key in score.keys]
+    whole = all(
+        _fits(one, each[0], key, x, score)
+        for one, key, x in zip(each, score.keys, score.inputs, strict=True)
+    )
+    if not whole:
+        here = score.template, score.keys, score.inputs
+        rows = [resolve(spec, *here) for _ in range(n)]
+        return [torch.stack(key) for key in zip(*rows, strict=True)]
+    # All of one set of rows: those of n draws are the same ones, drawn at once.
+    found = each[0].buffer.sample(n * max(score.batch.numel(), 1))
+    return [
+        found.get(one.key or key).to(x.dtype).reshape(n, *x.shape)
+        for one, key, x in zip(each, score.keys, score.inputs, strict=True)
+    ]
+
+
+def _of_key(spec: Any, key: NestedKey) -> Any:
+    if not isinstance(spec, Mapping):
+        return spec
+    return {as_tuple(name): item for name, item in spec.items()}.get(as_tuple(key))
+
+
+def _fits(one: Any, first: Any, key: NestedKey, x: Tensor, score: Score) -> bool:
+    """Whether a key is drawn from the same rows as the first, and these are of its features' shape."""
+    if not (isinstance(one, FromBuffer) and isinstance(one.buffer, Rows)):
+        return False
+    rows = one.buffer.of(one.key or key)
+    if rows is None or one.buffer is not first.buffer or rows.device != x.device:
+        return False
+    return rows.shape[1:] == x.shape[len(score.batch) :]
+
+
 def check_rows(spec: Any, score: Score) -> None:
     """Refuses tensors whose rows are not of the features' dimensions; they might broadcast all the same.
 
@@ -126,9 +161,7 @@ def check_rows(spec: Any, score: Score) -> None:
         BaselineError: If there is one.
     """
     for key, x in zip(score.keys, score.inputs, strict=True):
-        one = spec
-        if isinstance(spec, Mapping):
-            one = {as_tuple(name): item for name, item in spec.items()}.get(as_tuple(key))
+        one = _of_key(spec, key)
         if not (isinstance(one, FromBuffer) and isinstance(one.buffer, Rows)):
             continue
         rows, features = one.buffer.of(one.key or key), x.ndim - len(score.batch)

@@ -10,7 +10,7 @@ import torch
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from tdhook_like.attribution.drawing import Drawable, check_rows, drawn_from
+from tdhook_like.attribution.drawing import Drawable, check_rows, drawn, drawn_from
 from tdhook_like.attribution.method import Attribution, Method, PathMethod
 from tdhook_like.attribution.noise import PerKey, by_key, check_sizes, normal_rows
 from tdhook_like.attribution.perturbation import Mean, check_seed, whole_number
@@ -26,6 +26,7 @@ from tdhook_like.baselines import BaselineSpec
 from tdhook_like.baselines import check as check_baselines
 from tdhook_like.errors import BaselineError, InputError
 from tdhook_like.keys import check_known
+from tdhook_like.randomness import ForeignDraws
 from tdhook_like.score import Score
 
 __all__ = ["ExpectedGradients", "GradientShap", "OverBaselines", "missed"]
@@ -109,9 +110,8 @@ class ExpectedGradients(PathMethod):
         high = score.scores([x.unsqueeze(0) for x in score.inputs])[0]
         for start in range(0, self.n_samples, chunk):
             n = min(chunk, self.n_samples - start)
-            spec: Any = self.baselines
-            drawn = [resolved(spec, score, draws) for _ in range(n)]
-            begins = [torch.stack(key) for key in zip(*drawn, strict=True)]
+            with ForeignDraws(), draws:
+                begins = drawn(self.baselines, score, n)
             ends = self.ends(score, n, noise)
             ways = [e - b for e, b in zip(ends, begins, strict=True)]
             alphas = _uniform_rows(score, n, places)

@@ -68,7 +68,9 @@ def by_member(attribution: Attribution, members: Sequence[int], place: int) -> A
         each = [torch.stack([columns[m * size + t] for m in range(n)], place) for t in range(size)]
         return [stacked.unflatten(place, tuple(members)) for stacked in each]
 
-    modules = {path: [grouped(c) for c in calls] for path, calls in attribution.modules.items()}
+    modules: dict[str, Sequence[Sequence[Tensor] | Tensor]] = {
+        path: [grouped(c) for c in calls] for path, calls in attribution.modules.items()
+    }
     found = Attribution([grouped(columns) for columns in attribution.inputs], modules)
     if attribution.gap is not None and attribution.scale is not None:
         gaps, scales = (grouped(t.unbind(-1)) for t in (attribution.gap, attribution.scale))

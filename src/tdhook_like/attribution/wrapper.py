@@ -59,6 +59,11 @@ class Wrapper(PathMethod):
                 f"{type(self).__name__} cannot wrap {type(method).__name__}, which is made for one "
                 "run at the explained inputs alone."
             )
+        if method.at and getattr(method, "own_at", False):
+            raise ContextError(
+                f"{type(self).__name__} cannot ask {type(method).__name__} about submodules, which it "
+                "follows along a path of its own: leave at= out."
+            )
         inherited = {f.name: getattr(method, f.name) for f in fields(Method)}
         unknown = [name for name in options if name not in inherited]
         if unknown:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Around", "Functions", "open_all", "opened", "written_in_python"]
+__all__ = ["Around", "Functions", "open_all", "opened", "saving_is_watched", "written_in_python"]
 
 # Looked up once: every function that a model calls passes here.
 _GRAD, _grads_are_on = torch.autograd.grad, torch.is_grad_enabled
@@ -41,7 +41,7 @@ class Functions(TorchFunctionMode):
     def __init__(self, find: Callable[[Any], Around | None]) -> None:
         super().__init__()
         self._find = find
-        self.running = self.inside = 0
+        self.running = self.inside = self._backward = 0
         self.notes: dict[str, Any] = {}
 
     def close(self) -> None:
@@ -54,19 +54,34 @@ class Functions(TorchFunctionMode):
     ) -> Any:
         if func is _GRAD:
             # Checkpointed blocks run again in the backward pass, and need their rules there.
-            self.running += 1
+            self.running, self._backward = self.running + 1, self._backward + 1
             try:
                 with self:
                     return opened(func)(*args, **(kwargs or {}))
             finally:
-                self.running -= 1
+                self.running, self._backward = self.running - 1, self._backward - 1
         if func is torch.Tensor.unflatten:
             func = torch.unflatten  # the same, and not by way of super(), which cannot be traced
-        if self.running and not self.inside and _grads_are_on():
+        if not self.running or self.inside or not _grads_are_on():
+            around = None
+        elif self._backward and not saving_is_watched():
+            around = None  # what a rule does in the backward pass is its own affair
+        else:
             around = self._find(func)
-            if around is not None:
-                return around(func, args, kwargs or {})
+        if around is not None:
+            return around(func, args, kwargs or {})
         return func(*args, **kwargs) if kwargs else func(*args)
+
+
+def saving_is_watched() -> bool:
+    """Whether what graphs save is dropped or moved at the moment, as in checkpointed blocks.
+
+    >>> with torch.autograd.graph.save_on_cpu():
+    ...     saving_is_watched()
+    True
+    """
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # pyright: ignore
+    return top is not None and top(False) is not None
 
 
 def opened(function: Any) -> Any:

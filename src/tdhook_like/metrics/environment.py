@@ -12,6 +12,7 @@ from tensordict.nn import InteractionType, TensorDictModuleBase, set_interaction
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
+from tdhook_like.attribution.drawing import drawn_from
 from tdhook_like.attribution.method import Method
 from tdhook_like.attribution.perturbation import check_seed, whole_number
 from tdhook_like.attribution.wrapper import private_draws
@@ -27,6 +28,7 @@ from tdhook_like.targets import Each
 
 __all__ = ["Hiding", "Returns", "returns_when_hidden"]
 
+Fill = BaselineSpec | Mapping[NestedKey, BaselineSpec] | TensorDictBase | None
 WHICH = ("most", "random", "least")
 
 
@@ -48,7 +50,8 @@ class Hiding(TensorDictModuleBase):
         hooked: The policy, hooked for the method that ranks features; with one target.
         which: ``"most"`` or ``"least"`` relevant ones by size, or ``"random"`` ones.
         share: How many of all features, at least one; 0 for none.
-        fill: What stands for "nothing there": a baseline, for all keys or by key; zeros if None.
+        fill: What stands for "nothing there": a baseline, for all keys or by key; zeros if None. Or a
+            TensorDict of observations ``[n]``, one of which is drawn for every element.
         seed: Of the generators that random features and baselines are drawn from.
 
     Raises:
@@ -70,7 +73,7 @@ class Hiding(TensorDictModuleBase):
         hooked: HookedModule,
         which: str = "most",
         share: float = 0.2,
-        fill: BaselineSpec | Mapping[NestedKey, BaselineSpec] | None = None,
+        fill: Fill = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -82,6 +85,7 @@ class Hiding(TensorDictModuleBase):
         if len(context.targets) > 1 or isinstance(next(iter(context.targets.values())), Each):
             raise TargetError("Features are ranked by one target: give a method with one.")
         check_seed(seed)
+        fill = drawn_from(fill) if isinstance(fill, TensorDictBase) else fill
         check_baselines(fill, context.keys or tuple(context.in_keys))
         self.hooked, self.which, self.share, self.fill = hooked, which, share, fill
         keys: Any = list(context.in_keys), list(context.out_keys)
@@ -177,7 +181,7 @@ def returns_when_hidden(
     env: Environment,
     *,
     share: float = 0.2,
-    fill: BaselineSpec | Mapping[NestedKey, BaselineSpec] | None = None,
+    fill: Fill = None,
     which: Sequence[str] = WHICH,
     episodes: int = 5,
     max_steps: int = 1000,
@@ -198,7 +202,8 @@ def returns_when_hidden(
         env: Has ``set_seed(seed)`` and ``rollout(max_steps, policy)``, as torchrl's environments.
         share: How many of all features are hidden at each step, at least one.
         fill: What stands for "nothing there": a baseline, for all keys or by key; zeros if None.
-            ``FromBuffer(replay_buffer)`` puts values of another moment in their place.
+            A TensorDict of observations ``[n]``, or ``FromBuffer(replay_buffer)``, puts values of
+            another moment in their place.
         which: Some of ``"most"``, ``"random"``, ``"least"``.
         episodes: How many are played.
         max_steps: When an episode is broken off.

@@ -33,9 +33,11 @@ from tdhook_like.targets.composed import (
 )
 from tdhook_like.targets.entries import Greedy, Output, Taken
 from tdhook_like.targets.log_prob import LogProb
+from tdhook_like.targets.units import Channel, Unit
 
 __all__ = [
     "AtStep",
+    "Channel",
     "Contrast",
     "Each",
     "Function",
@@ -47,6 +49,7 @@ __all__ = [
     "Taken",
     "Target",
     "TargetSpec",
+    "Unit",
     "as_target",
     "as_targets",
     "columns",

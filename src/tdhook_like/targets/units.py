@@ -103,7 +103,9 @@ class Channel(Target):
         """Checks the options."""
         _check(self.path, self.call)
         if self.pool not in POOLS:
-            raise TargetError(f"Channel: pool must be one of {', '.join(POOLS)}, got {self.pool!r}.")
+            raise TargetError(
+                f"Channel: pool must be one of {', '.join(POOLS)}, got {self.pool!r}."
+            )
         if isinstance(self.channel, bool) or not isinstance(self.channel, int):
             raise TargetError(f"Channel: a channel is a whole number, got {self.channel!r}.")
 
@@ -154,5 +156,7 @@ def _given(target: Target, path: str, call: int | None, outputs: Any) -> Tensor:
             f"call={len(calls) - 1}."
         )
     if call is not None and not -len(calls) <= call < len(calls):
-        raise TargetError(f"{target!r}: {path!r} gives {len(calls)} tensors, so there is no such call.")
+        raise TargetError(
+            f"{target!r}: {path!r} gives {len(calls)} tensors, so there is no such call."
+        )
     return calls[call or 0]

@@ -14,6 +14,7 @@ from __future__ import annotations
 from tdhook_like.viz.availability import MissingMatplotlibError
 from tdhook_like.viz.bars import key_bars
 from tdhook_like.viz.heatmap import episode_heatmap
+from tdhook_like.viz.ledger import ledger_bars
 from tdhook_like.viz.scale import SymmetricScale, symmetric_scale
 from tdhook_like.viz.waterfall import waterfall
 
@@ -22,6 +23,7 @@ __all__ = [
     "SymmetricScale",
     "episode_heatmap",
     "key_bars",
+    "ledger_bars",
     "symmetric_scale",
     "waterfall",
 ]

@@ -53,7 +53,9 @@ def exponentials(z: Pair, dim: Any) -> tuple[Pair, Tensor]:
     return Pair(z.x - top, z.x0 - top).map(torch.exp), top
 
 
-def softmax(z: Pair, dim: int | None = None, *rest: Any, dtype: Any = None, **more: Any) -> Pair | None:
+def softmax(
+    z: Pair, dim: int | None = None, *rest: Any, dtype: Any = None, **more: Any
+) -> Pair | None:
     """``e · (1 / Σ e)`` with ``e = exp(z)``; which constant z is shifted by makes no difference."""
     if dim is None or any(isinstance(v, torch.dtype) for v in rest) or dtype is not None:
         return None
@@ -61,7 +63,9 @@ def softmax(z: Pair, dim: int | None = None, *rest: Any, dtype: Any = None, **mo
     return e * e.linear(lambda t: t.sum(dim, keepdim=True)).map(torch.reciprocal, scale=0.0)
 
 
-def softmin(z: Pair, dim: int | None = None, *rest: Any, dtype: Any = None, **more: Any) -> Pair | None:
+def softmin(
+    z: Pair, dim: int | None = None, *rest: Any, dtype: Any = None, **more: Any
+) -> Pair | None:
     """``softmax(−z)``."""
     return softmax(z.linear(torch.neg), dim, *rest, dtype=dtype)
 
@@ -76,7 +80,9 @@ def logsumexp(z: Pair, dim: Any = None, keepdim: bool = False) -> Pair | None:
     return log.linear(lambda t: (t + top).reshape(shape))
 
 
-def log_softmax(z: Pair, dim: int | None = None, *rest: Any, dtype: Any = None, **more: Any) -> Pair | None:
+def log_softmax(
+    z: Pair, dim: int | None = None, *rest: Any, dtype: Any = None, **more: Any
+) -> Pair | None:
     """``z − logsumexp(z)``."""
     if dim is None or any(isinstance(v, torch.dtype) for v in rest) or dtype is not None:
         return None

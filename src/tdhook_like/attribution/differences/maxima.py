@@ -3,8 +3,8 @@
 Of ``y = max x`` with winner p at the input, ``y⁰ = max x⁰`` with winner q at the baseline: where
 ``y ≥ y⁰`` the winner at the input carries all of the difference, ``m_p = (y − y⁰) / (x_p − x_p⁰)``, else
 the winner at the baseline. It is complete, as a carrier changes by at least as much as the result
-(``x_p⁰ ≤ y⁰``, ``x_q ≤ y``), so multipliers lie between 0 and 1. Exchanging input and baseline changes the
-sign of every contribution and nothing else.
+(``x_p⁰ ≤ y⁰``, ``x_q ≤ y``), so multipliers lie between 0 and 1. Exchanging input and baseline changes
+the sign of every contribution and nothing else.
 
 Source: derived here; Lundberg & Lee 2017 treat max pooling alike in their DeepLift.
 """

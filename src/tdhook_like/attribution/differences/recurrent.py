@@ -42,17 +42,22 @@ def gru(x: Tensor, state: State, weight: Tensor, bias: Tensor | None) -> State:
 
 
 def plain(
-    function: Callable[[Tensor], Tensor], x: Tensor, state: State, weight: Tensor, bias: Tensor | None
+    function: Callable[[Tensor], Tensor],
+    x: Tensor,
+    state: State,
+    weight: Tensor,
+    bias: Tensor | None,
 ) -> State:
     """One step of a plain recurrent net, from ``x = W x_t + b`` ``[B, H]``."""
-    return (function(x + F.linear(state[0], weight, bias)),)
+    (h,) = state
+    return (function(x + F.linear(h, weight, bias)),)
 
 
 def cell(step: Step, x: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, *biases: Tensor) -> Any:
     """What ``torch.lstm_cell`` and its relatives give."""
     b_ih, b_hh = biases or (None, None)
     state = tuple(hx) if isinstance(hx, tuple | list) else (hx,)
-    new = step(F.linear(x, w_ih, b_ih), state, w_hh, b_hh)
+    new: Any = step(F.linear(x, w_ih, b_ih), state, w_hh, b_hh)
     return new if len(new) > 1 else new[0]
 
 

@@ -33,7 +33,9 @@ Slope = Callable[[Tensor, Tensor], Tensor]
 Given = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str, other: Any) -> Any:
+def argument(
+    args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str, other: Any
+) -> Any:
     """An argument by its place or its name.
 
     >>> argument((1, 2), {"dim": 3}, 2, "dim", None), argument((1, 2), {}, 1, "dim", None)
@@ -80,7 +82,14 @@ class Elementwise(DifferenceRule):
         return attach(output, self.passed(func, x, x0, output, before, args, kwargs), fresh=True)
 
     def passed(
-        self, func: Any, x: Tensor, x0: Tensor, output: Tensor, before: Tensor, args: Any, kwargs: Any
+        self,
+        func: Any,
+        x: Tensor,
+        x0: Tensor,
+        output: Tensor,
+        before: Tensor,
+        args: Any,
+        kwargs: Any,
     ) -> Tensor:
         """The surrogate, from what changes."""
         y = constant(output)
@@ -111,7 +120,14 @@ class Rectifier(Elementwise):
     """ReLU: rescaled with fewer operations, as its differences lose no digits."""
 
     def passed(
-        self, func: Any, x: Tensor, x0: Tensor, output: Tensor, before: Tensor, args: Any, kwargs: Any
+        self,
+        func: Any,
+        x: Tensor,
+        x0: Tensor,
+        output: Tensor,
+        before: Tensor,
+        args: Any,
+        kwargs: Any,
     ) -> Tensor:
         """The surrogate, from what changes."""
         y = constant(output)

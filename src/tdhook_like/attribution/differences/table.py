@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tdhook_like.attribution.differences.composed import COMPOSED, attention
@@ -113,6 +112,7 @@ _FOUND: dict[Any, tuple[str, DifferenceRule | None]] = {}
 def rule_of(function: Any) -> tuple[str, DifferenceRule | None]:
     """A function's name and its rule; None where it is linear, or nothing flows through it.
 
+    >>> import torch
     >>> rule_of(torch.tanh)[1], rule_of(torch.Tensor.sum)
     (Elementwise(), ('sum', None))
     """

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from tdhook_like.attribution.lrp.flow import Flow
@@ -232,6 +231,7 @@ class Overwriting(DifferenceRule):
 def overwrites(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a function may overwrite its first argument.
 
+    >>> import torch
     >>> overwrites(torch.Tensor.relu_, (torch.ones(1),), {}), overwrites(torch.relu, (), {})
     (True, False)
     """
@@ -245,12 +245,13 @@ def overwrites(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool
 def named_in_place(func: Any) -> bool:
     """Whether a function's name says that it overwrites its first argument.
 
+    >>> import torch
     >>> named_in_place(torch.Tensor.add_), named_in_place(torch.Tensor.__iadd__)
     (True, True)
     """
     name = getattr(func, "__name__", "")
     if name.startswith("__"):
-        return name == "__setitem__" or name.startswith("__i") and name not in _NO_WRITES
+        return name == "__setitem__" or (name.startswith("__i") and name not in _NO_WRITES)
     return name.endswith("_")
 
 

@@ -36,7 +36,9 @@ class Row:
         rule: The rule, as it prints; empty for a function's own gradient.
         out: Relevance at the outputs, ``[*B, T]`` for T targets.
         into: Relevance given on to the inputs, ``[*B, T]``.
-        absorbed: What was not given on, by cause, ``[*B, T]`` each. ``out`` is ``into`` plus these.
+        absorbed: What was not given on, by cause, ``[*B, T]`` each.
+        inside: What rules inside of this one's module absorbed, which their rows tell. ``out`` is
+            ``into`` plus this plus all that was absorbed.
         spread: Whether it cannot be told which of the numbers belong to which batch element; then
             their sum is right, and is spread evenly.
     """
@@ -47,6 +49,7 @@ class Row:
     out: Tensor
     into: Tensor
     absorbed: dict[str, Tensor]
+    inside: Tensor | None = None
     spread: bool = False
 
 
@@ -147,6 +150,8 @@ class Ledger:
         table = [("where", "type", "rule", "out", "in", "absorbed")]
         for row in self.rows:
             causes = ", ".join(f"{cause} {_sum(value)}" for cause, value in row.absorbed.items())
+            if row.inside is not None:
+                causes += f"{', ' if causes else ''}(inside {_sum(row.inside)})"
             out, into = (_sum(value) for value in (row.out, row.into))
             table.append((row.where or "(root)", row.kind, row.rule, out, into, causes))
         sums = [_sum(value) for value in (self.start, self.arrived)]

@@ -127,11 +127,9 @@ def _row(first: Entry, others: list[Entry], sums: dict[int, _Sums]) -> Row:
     for entry in others:
         out = out - sums[id(entry)].into + sums[id(entry)].out
     stabiliser = sum((sums[id(e)].stabiliser for e in whole), torch.zeros_like(out))
-    rest = out - into - stabiliser
-    for entry in whole:
-        for inner in entry.inside:
-            if id(inner) in sums:
-                rest = rest - sums[id(inner)].absorbed
+    inner = [sums[id(e)].absorbed for entry in whole for e in entry.inside if id(e) in sums]
+    inside = sum(inner, torch.zeros_like(out))
+    rest = out - into - stabiliser - inside
     cause = others[-1].cause if others else first.cause
     absorbed = {"stabiliser": stabiliser}
     absorbed[cause] = absorbed[cause] + rest if cause in absorbed else rest
@@ -142,6 +140,7 @@ def _row(first: Entry, others: list[Entry], sums: dict[int, _Sums]) -> Row:
         out=out,
         into=into,
         absorbed=absorbed,
+        inside=inside if inner else None,
         spread=any(sums[id(entry)].spread for entry in whole),
     )
 
@@ -191,7 +190,7 @@ class Found:
             plain = gradient.detach()
             # Nothing arrives at masked entries, but 0 · ∞ is not 0.
             g = spot.seen(plain)
-            product = torch.where(g == 0, 0, value * g).to(like.dtype)
+            product = torch.where(g == 0, 0, value.detach() * g).to(like.dtype)
             if n <= 1:
                 columns.append(product.sum().expand(batch))
                 continue

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from tdhook_like.attribution.lrp.flow import Flow, Made, Normed
 from tdhook_like.attribution.lrp.modifiers import effective_parameters, with_parameters
@@ -48,6 +49,8 @@ class BatchNormRule(Rule):
 
     def check(self, module: nn.Module) -> str | None:
         if hasattr(module, "running_mean") and hasattr(module, "eps"):
+            if isinstance(module, _InstanceNorm) and module.running_mean is None:
+                return "it normalises by statistics of each sample. Use LayerNormRule, or no rule."
             return None
         return "it has no running statistics, as batch normalisation has. Use LayerNormRule."
 

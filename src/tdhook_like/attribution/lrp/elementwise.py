@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from tdhook_like.attribution.lrp.arrival import passed
 from tdhook_like.attribution.lrp.flow import Flow
 from tdhook_like.attribution.lrp.kinship import record
 from tdhook_like.attribution.lrp.operations import FOLLOWED, UNHANDLED, FunctionRule
-from tdhook_like.hooks.surrogate import differentiated_again, nonzero, quotient
 
 __all__ = ["Clamped", "Homogeneous", "Passed", "Power"]
 
@@ -27,8 +27,6 @@ class Passed(FunctionRule):
         marks: What the result is remembered as: ``"gate"`` or ``"scale"``, or None.
     """
 
-    fresh = True
-
     def __init__(self, marks: str | None = None) -> None:
         self._marks = marks
 
@@ -43,15 +41,15 @@ class Passed(FunctionRule):
             flow.mark(self._marks, result)
         return result
 
+    def ruled(self, flow: Flow, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+        if flow.recorder is not None:
+            return super().ruled(flow, name, func, args, kwargs)
+        x = next(value for value in (*args, *kwargs.values()) if flow.depends(value))
+        return passed(x, func(*args, **kwargs))
+
     def surrogate(self, flow: Flow, output: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
         x = next(value for value in (*args, *kwargs.values()) if flow.depends(value))
-        if x.dtype != output.dtype:
-            x = x.to(output.dtype)
-        if x.shape != output.shape:
-            x = x.expand(output.shape)
-        if differentiated_again():
-            x = x.clone()  # the product keeps it, and the model may overwrite it
-        return x * quotient(nonzero(output), nonzero(x))
+        return passed(x, output)
 
 
 class Power(Passed):

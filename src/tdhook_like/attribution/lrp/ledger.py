@@ -109,8 +109,10 @@ class Watched:
                 return value
             # A rule lets nothing pass. What arrives there is wanted all the same.
             value = _Stopped.apply(value, *[copy for copy, _, _ in self.copies])  # pyright: ignore
-        self.entry.outputs.append(Spot(value))
-        return value.clone()
+        # Twice: hooks on what a rule gives change what is seen there, and the model may write to it.
+        kept = value.clone()
+        self.entry.outputs.append(Spot(kept))
+        return kept.clone()
 
     def write_back(self) -> None:
         """Writes to the originals what was written to copies; it flows out of this call, too."""

@@ -34,7 +34,7 @@ def layer_norm(
     tensor([[-1., 1.]])
     """
     dims = tuple(range(-len(normalized_shape), 0))
-    return _affine(_standard(input, dims, eps), weight, bias)
+    return _affine(*_standard(input, dims, eps), weight, bias)
 
 
 def rms_norm(
@@ -54,7 +54,7 @@ def rms_norm(
     dims = tuple(range(-len(normalized_shape), 0))
     eps = torch.finfo(input.dtype).eps if eps is None else eps
     power = constant(input).pow(2).mean(dims, keepdim=True)
-    return _affine(input * torch.rsqrt(power + eps), weight, None)
+    return _affine(input, torch.rsqrt(power + eps), weight, None)
 
 
 def group_norm(
@@ -74,8 +74,10 @@ def group_norm(
     tensor([-1., 1.])
     """
     grouped = input.reshape(input.shape[0], num_groups, -1)
-    z = _standard(grouped, (-1,), eps).reshape(input.shape)
-    return _affine(z, _channels(weight, input), _channels(bias, input))
+    centred, scale = _standard(grouped, (-1,), eps)
+    scale = scale.expand(grouped.shape).reshape(input.shape)
+    weight, bias = _channels(weight, input), _channels(bias, input)
+    return _affine(centred.reshape(input.shape), scale, weight, bias)
 
 
 def instance_norm(
@@ -99,8 +101,8 @@ def instance_norm(
     """
     if not use_input_stats:
         return None  # affine, with what it has seen in training
-    z = _standard(input, tuple(range(2, input.ndim)), eps)
-    return _affine(z, _channels(weight, input), _channels(bias, input))
+    weight, bias = _channels(weight, input), _channels(bias, input)
+    return _affine(*_standard(input, tuple(range(2, input.ndim)), eps), weight, bias)
 
 
 def batch_norm(
@@ -127,20 +129,21 @@ def batch_norm(
     dims = (0, *range(2, input.ndim))
     fixed = constant(input)
     mean, power = fixed.mean(dims, keepdim=True), fixed.var(dims, unbiased=False, keepdim=True)
-    z = (input - mean) * torch.rsqrt(power + eps)
-    return _affine(z, _channels(weight, input), _channels(bias, input))
+    weight, bias = _channels(weight, input), _channels(bias, input)
+    return _affine(input - mean, torch.rsqrt(power + eps), weight, bias)
 
 
-def _standard(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
+def _standard(x: Tensor, dims: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor]:
     centred = x - x.mean(dims, keepdim=True)
     power = constant(centred).pow(2).mean(dims, keepdim=True)
-    return centred * torch.rsqrt(power + eps)
+    return centred, torch.rsqrt(power + eps)
 
 
 def _channels(value: Tensor | None, x: Tensor) -> Tensor | None:
     return None if value is None else value.reshape(-1, *[1] * (x.ndim - 2))
 
 
-def _affine(z: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    z = z if weight is None else z * weight
-    return z if bias is None else z + bias
+def _affine(x: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    # Constants first: the graph then keeps one tensor, and none for the weights' sake.
+    z = x * (scale if weight is None else scale * constant(weight))
+    return z if bias is None else z + constant(bias)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from tdhook_like.attribution.lrp.batchnorm import behind, scale_and_shift
-from tdhook_like.attribution.lrp.flow import Flow
+from tdhook_like.attribution.lrp.flow import Flow, Made
 from tdhook_like.attribution.lrp.normalised import batch_norm
 from tdhook_like.attribution.lrp.operations import FunctionRule
 
@@ -64,8 +64,7 @@ class BatchNormalised(Normalised):
     def finished(self, flow: Flow, result: Tensor, args: Any, kwargs: Any) -> None:
         given = dict(zip(_ORDER, args, strict=False)) | kwargs
         x = given["input"]
-        made = x if flow.recorder is None else flow.recorder.original(x)
-        if flow.layers is not None and id(made) not in flow.layers and not _by_batch(given):
+        if not isinstance(flow.origin(x), Made) and not _by_batch(given):
             flow.normalised(result, x, *_scale_and_shift(given))
 
 

@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
+from tdhook_like.attribution.lrp.arrival import passed, scaled
 from tdhook_like.attribution.lrp.elementwise import Passed
 from tdhook_like.attribution.lrp.flow import Flow
 from tdhook_like.attribution.lrp.kinship import nearest, record
 from tdhook_like.attribution.lrp.operations import Followed, FunctionRule, out_of_place, writes
 from tdhook_like.hooks.structure import mapped
-from tdhook_like.hooks.surrogate import attach, constant, nonzero, quotient
+from tdhook_like.hooks.surrogate import constant
 
 __all__ = ["Product", "Quotient", "Sum", "shared"]
 
@@ -76,6 +77,11 @@ class Product(FunctionRule):
         # What it overwrites is held constant: the result takes its place all the same.
         return target.copy_(self.call(flow, name, out_of_place(func), args, kwargs))
 
+    def ruled(self, flow: Flow, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+        if flow.recorder is not None:
+            return super().ruled(flow, name, func, args, kwargs)
+        return scaled(func(*args, **kwargs), 1 / len(flow.operands(args, kwargs)))
+
     def surrogate(self, flow: Flow, output: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
         return output * (1 / len(flow.operands(args, kwargs)))
 
@@ -83,25 +89,19 @@ class Product(FunctionRule):
 class _OfOne(FunctionRule):
     """Elementwise in a tensor that is not among the arguments: relevance passes to that."""
 
-    fresh = True
-
     def __init__(self, x: Tensor) -> None:
         self._x = x
 
     def ruled(self, flow: Flow, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         x, output = self._x, func(*args, **kwargs)
-        if flow.recorder is not None:
+        if flow.recorder is None:
+            result = passed(x, output)
+        else:
             x = flow.recorder.function_inputs((), (x,), False, flow.depends)[1][0]
-        surrogate = self.surrogate(flow, output, x)
-        result = self._attached(name, output, surrogate)
-        if flow.recorder is not None:
-            result = flow.recorder.function(name, Passed(), (), result, surrogate).clone()
+            surrogate = passed(x, output)
+            result = flow.recorder.function(name, Passed(), (), surrogate, surrogate).clone()
         record(flow.mode, result, [self._x])
         return result
-
-    def surrogate(self, flow: Flow, output: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        x = args[0] if args[0].dtype == output.dtype else args[0].to(output.dtype)
-        return x * quotient(nonzero(output), nonzero(x))
 
 
 class Sum(Followed):
@@ -185,4 +185,4 @@ def shared(x: Tensor, share: float) -> Tensor:
     >>> y.item(), torch.autograd.grad(y, x)[0].item()
     (1.0, 0.5)
     """
-    return attach(x, x * share, fresh=True)
+    return scaled(x.view_as(x), share)

@@ -1,0 +1,89 @@
+"""Gradients that are changed as they arrive, for rules that need no graph of their own.
+
+A surrogate is made whether relevance will reach it or not; what feeds a scale or a gate that is held
+constant is never reached. And a copy of a tensor that merely halves its gradient is a copy too many.
+A hook costs nothing ahead. Where hooks do not serve (inside function transforms, while torch
+compiles, where relevance is differentiated again), the surrogate is made as ever.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tdhook_like.hooks.functional import saving_is_watched
+from tdhook_like.hooks.surrogate import (
+    attach,
+    differentiated_again,
+    nonzero,
+    quotient,
+)
+
+__all__ = ["passed", "scaled", "waits"]
+
+
+def waits(tensor: Tensor) -> bool:
+    """Whether a hook on a tensor serves.
+
+    >>> waits(torch.ones(1, requires_grad=True)), waits(torch.ones(1))
+    (True, False)
+    """
+    if torch.compiler.is_compiling() or differentiated_again() or not tensor.requires_grad:
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def scaled(output: Tensor, share: float) -> Tensor:
+    """What a function gave, with a share of its gradient; it may be the same tensor.
+
+    >>> x = torch.ones(1, requires_grad=True)
+    >>> y = scaled(x * 3, 0.5)
+    >>> y.item(), torch.autograd.grad(y, x)[0].item()
+    (3.0, 1.5)
+    """
+    if not waits(output) or output.grad_fn is None:
+        return attach(output, output * share, fresh=True)
+    output.register_hook(lambda grad: grad * share)
+    return output
+
+
+def passed(x: Tensor, output: Tensor) -> Tensor:
+    """``x · G(y / x)``: what an elementwise function gave, relevance passing it unchanged.
+
+    Args:
+        x: The function's argument.
+        output: What it gave, y, which nobody else holds.
+
+    >>> x = torch.full((1,), 2.0, requires_grad=True)
+    >>> torch.autograd.grad(passed(x, x**2), x)[0].item()
+    2.0
+    """
+    if x.dtype != output.dtype:
+        x = x.to(output.dtype)
+    if x.shape != output.shape:
+        x = x.expand(output.shape)
+    if not waits(x) or saving_is_watched():
+        if differentiated_again():
+            x = x.clone()  # the product keeps it, and the model may overwrite it
+        return attach(output, x * quotient(nonzero(output), nonzero(x)), fresh=True)
+    factor = _Factor(x, output)
+    held = x.clone()
+    with torch.no_grad():
+        held.copy_(output)
+    held.register_hook(factor)
+    return held
+
+
+class _Factor:
+    """``G(y / x)``, worked out when it is first asked for, of values that the model cannot change."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self._values: Any = (x.detach().clone(), y.detach())
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        if isinstance(self._values, tuple):
+            x, y = self._values
+            self._values = quotient(nonzero(y), nonzero(x))
+        return grad * self._values
