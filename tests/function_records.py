@@ -1,8 +1,7 @@
 """One record per function rule: calls of it, a slow reference from the paper, what it conserves.
 
-Generic tests run over `RECORDS`, so a new rule is tested by adding a record here. References take
-what flows out in float64 and share it among the operands by Jacobians of the plain function, or
-by closed forms; they know nothing of surrogates.
+Generic tests run over `RECORDS`, so a new rule is tested by adding a record here. References know
+nothing of surrogates: they share what flows out by Jacobians of the plain function, or closed forms.
 """
 
 from __future__ import annotations
@@ -77,9 +76,8 @@ def nonzero(y: Tensor) -> Tensor:
 
 def by_gradient(f: Callable[..., Tensor], xs: list[Tensor], R: Tensor) -> Relevances:
     """``R_i = Σ_j x_i J_ji R_j / y_j``."""
-    g = R / nonzero(f(*xs))
+    g, dims = R / nonzero(f(*xs)), R.ndim
     found = jacobian(f, tuple(xs))
-    dims = R.ndim
     return [
         x * torch.tensordot(g, J, dims=(list(range(dims)), list(range(dims))))
         for x, J in zip(xs, found, strict=True)

@@ -332,3 +332,27 @@ def test_what_a_rule_computes_in_the_backward_pass_has_no_rules():
     with LRP(mapper, ("y", 0)).prepare(net, in_keys=["x"], out_keys=["y"]) as hooked:
         hooked(TensorDict({"x": numbers(2, 6)}, [2]))
     assert rule.errors and max(rule.errors) < 1e-12
+
+
+class Blocked(torch.autograd.Function):
+    """Lets no gradient pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:  # pyright: ignore
+        return None
+
+
+@pytest.mark.parametrize("function", [torch.tanh, torch.atan2, torch.mul, torch.matmul, F.softmax])
+def test_nothing_may_arrive_at_a_function(function):
+    def of(x: Tensor) -> Tensor:
+        y = x * 2
+        given = (y, -1) if function is F.softmax else (y,) if function is torch.tanh else (y, x)
+        return x + Blocked.apply(function(*given))  # pyright: ignore
+
+    x = numbers(3, 3)
+    found, _, R, _ = explained(of, [x], unhandled="raise")
+    torch.testing.assert_close(found[0], x / of(x) * R)

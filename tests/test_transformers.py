@@ -284,3 +284,25 @@ def test_lower_precision_gives_nearly_the_same(name, dtype):
     assert found.dtype == dtype
     error = (found.double() - want).norm() / want.norm()
     assert error < (1e-4 if dtype == torch.float32 else 0.1), error
+
+
+@both_rules
+def test_torchrls_decision_transformer_is_explained_by_key(rules):
+    modules = pytest.importorskip("torchrl.modules")
+    settings = modules.DecisionTransformer.DTConfig(
+        n_embd=16, n_layer=2, n_head=2, n_inner=24, n_positions=16
+    )
+    model = modules.DecisionTransformer(4, 2, settings).double().eval()
+    sizes = {"observation": 4, "action": 2, "return_to_go": 1}
+    td = TensorDict({k: torch.randn(2, 3, n, dtype=torch.float64) for k, n in sizes.items()}, [2])
+    method = LRP(MAPPERS[rules](epsilon=1e-15), ("hidden", -1, 5), unhandled="raise")
+    with method.prepare(model, in_keys=list(sizes), out_keys=["hidden"]) as hooked:
+        td = hooked(td)
+    xs = [td[key].clone().requires_grad_() for key in sizes]
+    weights = {key: value.detach() for key, value in model.state_dict().items()}
+    hidden = ref.decision(weights, model.transformer.config, xs, ref.By(rules == "CPLRP"))
+    torch.testing.assert_close(td["hidden"], hidden)
+    grads = torch.autograd.grad(hidden[:, -1, 5].sum(), xs)
+    for key, x, g in zip(sizes, xs, grads, strict=True):
+        torch.testing.assert_close(td["attr", key], (x * g).detach(), rtol=1e-8, atol=1e-10)
+    assert (td["attr", "action"][:, -1] == 0).all()  # it is read behind what it is to be

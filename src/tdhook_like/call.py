@@ -86,6 +86,7 @@ class Call:
             if isinstance(method, GradientMethod) and self._is_one_run(grads, inference):
                 # The plain call is differentiated itself.
                 light = runner.writes_out_keys and self._context.reads_keys and not self._undeclared
+                light = light and self._flow.recorder is None
                 run, captured = runner.view if light else self._filled(runner.run), Captured()
                 # Rules stay on for the backward pass, in which checkpointed blocks run again.
                 with _gradients(inference), self._ruled(captured, _same):
@@ -241,6 +242,8 @@ class Call:
         if context.units:
             dims = outputs.batch_dims
             seen = with_ports(outputs, {p: captured.arranged(p, dims) for p in context.units})
+        if self._flow.recorder is not None:
+            seen = self._flow.recorder.outputs(seen, self._flow)
         scores = targets(seen, outputs.batch_dims)
         for part in scores:
             self._check_scores(part)

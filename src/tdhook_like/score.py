@@ -458,6 +458,7 @@ def gradients(
     *,
     create_graph: bool = False,
     stopped: bool = False,
+    retain: bool = False,
 ) -> list[tuple[Tensor, ...]]:
     """The gradient of every column of the scores with respect to every input.
 
@@ -467,6 +468,7 @@ def gradients(
         weight: What each score counts, broadcasting to ``[*batch, T]``; one if None.
         create_graph: Whether the gradients can be differentiated again.
         stopped: Whether it is right that nothing arrives; the gradients are zeros then.
+        retain: Whether the graph is needed again.
 
     Returns:
         For each of the T columns, a tuple of gradients of the inputs' shapes; zeros where an input
@@ -491,7 +493,7 @@ def gradients(
                 root,
                 inputs,
                 seed,
-                retain_graph=create_graph or t < live[-1],
+                retain_graph=create_graph or retain or t < live[-1],
                 create_graph=create_graph,
                 allow_unused=True,
             )

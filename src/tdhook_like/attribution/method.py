@@ -235,7 +235,10 @@ class GradientMethod(Method):
                 weight,
                 create_graph=self.create_graph,
                 stopped=evaluation.stopped,
+                retain=recorder is not None,
             )
+            if recorder is not None:
+                self._tell_apart(evaluation.parts, recorder, watched, weight)
         finally:
             if twice is not None:
                 twice.relevance = False
@@ -255,6 +258,17 @@ class GradientMethod(Method):
             at = [grads[len(values) :] for grads in found]
             attribution.ledger = self.balanced(evaluation, recorder, at, weight, attribution)
         return attribution
+
+    @staticmethod
+    def _tell_apart(
+        parts: Sequence[Tensor], recorder: Recorder, watched: list[Tensor], weight: Tensor | None
+    ) -> None:
+        """Further backward passes, that tell the ledger what belongs to which batch element."""
+        tags = recorder.tags(parts)
+        weights = [tag if weight is None else tag * weight.detach() for tag in tags]
+        recorder.tagged(
+            [gradients(parts, watched, w, stopped=True, retain=True) for w in weights]
+        )
 
     def balanced(
         self,

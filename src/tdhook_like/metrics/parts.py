@@ -36,11 +36,8 @@ def per_channel(relevance: Tensor, dim: int = 1, batch_dims: int = 1) -> Tensor:
     torch.Size([5, 2, 4])
     """
     place = _behind(relevance, dim, batch_dims, "channels")
-    return (
-        relevance.movedim(place, batch_dims).flatten(batch_dims + 1).sum(-1)
-        if (relevance.ndim > batch_dims + 1)
-        else relevance
-    )
+    others = [d for d in range(batch_dims, relevance.ndim) if d != place]
+    return relevance.sum(others) if others else relevance
 
 
 def per_head(relevance: Tensor, heads: int, dim: int = -1) -> Tensor:

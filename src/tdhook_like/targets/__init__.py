@@ -6,18 +6,19 @@ function from outputs to numbers.
 
 The grammar, from short to long:
 
-==========================================  =====================================================
-``"state_value"``                           an output that is one number per element
-``("logits", 2)``, ``("loc", ..., 0)``      a key, then an index into its feature dimensions
-``Taken("logits")``                         the entry of the action that stands in the TensorDict
-``Greedy("logits")``                        the entry of the greedy action
-``LogProb()``                               log-probability of that action, the action held fixed
-``Taken("logits") - ("logits", 0)``         a contrast; ``.against_rest()`` for "all others"
-``lambda td: …``                            any function of the outputs
-``Each("logits")``                          every entry as its own target
-``AtStep(("logits", 2), -1)``               one time step of a recurrent model over ``[*B, time]``
-``{"left": …, "right": …}``                 several named targets from one forward
-==========================================  =====================================================
+============================================  =====================================================
+``"state_value"``                             an output that is one number per element
+``("logits", 2)``, ``("loc", ..., 0)``        a key, then an index into its feature dimensions
+``Taken("logits")``                           the entry of the action that stands in the TensorDict
+``Greedy("logits")``                          the entry of the greedy action
+``LogProb()``                                 log-probability of that action, the action held fixed
+``Taken("logits") - ("logits", 0)``           a contrast; ``.against_rest()`` for "all others"
+``lambda td: …``                              any function of the outputs
+``Each("logits")``                            every entry as its own target
+``AtStep(("logits", 2), -1)``                 one time step of a recurrent model over ``[*B, time]``
+``Unit("net.0", 3)``, ``Channel("conv", 2)``  a neuron or channel inside the model
+``{"left": …, "right": …}``                   several named targets from one forward
+============================================  =====================================================
 """
 
 from tdhook_like.targets.base import Pick, Reference, Target

@@ -29,7 +29,7 @@ from tdhook_like.viz.figure import (
 
 __all__ = ["ledger_bars"]
 
-_COLOURS = dict(
+_COLOURS: dict[str, str] = dict(
     zip(
         ("bias", "stabiliser", "constant", "softmax", "rule", "no rule", "target", "stop"),
         QUALITATIVE,
@@ -37,8 +37,9 @@ _COLOURS = dict(
     )
 )
 _OTHER = "#b5b5b5"
-# What is missing is rounding below this part of the largest bar.
+# What is missing is rounding below this part of the largest bar; and smaller bars cannot be seen.
 _ROUNDING = 1e-3
+_LONGEST = 34
 # Under a number, so that no line runs through it.
 _PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
 
@@ -75,7 +76,8 @@ def ledger_bars(
         target: what is explained, for the title.
         element: which batch element; the mean over all of them if None.
         column: which of several targets.
-        max_bars: draw that many of the largest bars, and the sum of all others.
+        max_bars: draw at most that many, the largest, and the sum of all others; bars too small to
+            be seen are among these.
         path: where to save the picture.
 
     Raises:
@@ -155,17 +157,19 @@ def _steps(ledger: Ledger, one: _Chosen, max_bars: int) -> tuple[list[_Step], st
         for row in reversed(ledger.rows)
         for cause, value in row.absorbed.items()
     ]
+    sizes = sorted((abs(value) for _, _, value in found), reverse=True)
     # A single leftover takes no more room than "1 other" would.
-    few = len(found) <= max_bars + 1
-    least = 0.0 if few else sorted((abs(value) for _, _, value in found), reverse=True)[max_bars]
-    kept = [item for item in found if few or abs(item[2]) > least]
-    rest = [value for _, _, value in found if not few and abs(value) <= least]
+    least = sizes[max_bars] if len(sizes) > max_bars + 1 else 0.0
+    least = max(least, _ROUNDING * max(abs(start), abs(arrived), *sizes, 0.0))
+    kept = [item for item in found if abs(item[2]) > least]
+    rest = [value for _, _, value in found if abs(value) <= least]
     steps, level = [_Step("start", 0.0, start, NEUTRAL)], start
     for label, cause, value in kept:
         steps.append(_Step(label, level, level - value, _COLOURS.get(cause, _OTHER), cause))
         level -= value
     if rest:
-        steps.append(_Step(f"{len(rest)} others", level, level - sum(rest), _OTHER, "others"))
+        others = f"{len(rest)} other{'s' * (len(rest) > 1)}"
+        steps.append(_Step(others, level, level - sum(rest), _OTHER, "all others"))
         level -= sum(rest)
     gap = level - arrived
     largest = max(abs(step.end - step.start) for step in steps)
@@ -178,10 +182,16 @@ def _steps(ledger: Ledger, one: _Chosen, max_bars: int) -> tuple[list[_Step], st
 
 
 def _shown(where: str, kind: str) -> str:
-    """A row's name: ``add()`` of a function, ``encoder.0 (Linear)`` of a module."""
+    """A row's name: ``add()`` of a function, ``encoder.0 (Linear)`` of a module, if there is room."""
     if kind == "target":
         return where
-    return f"{where}()" if kind == "function" else f"{where or '(root)'} ({kind})"
+    if kind == "function":
+        return f"{where}()"
+    where = where or "(root)"
+    shown = f"{where} ({kind})"
+    if len(shown) <= _LONGEST:
+        return shown
+    return where if len(where) <= _LONGEST else f"…{where[1 - _LONGEST :]}"
 
 
 def _draw(axes: Axes, steps: list[_Step]) -> None:

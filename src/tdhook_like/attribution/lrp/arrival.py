@@ -45,7 +45,8 @@ def scaled(output: Tensor, share: float) -> Tensor:
     """
     if not waits(output) or output.grad_fn is None:
         return attach(output, output * share, fresh=True)
-    output.register_hook(lambda grad: grad * share)
+    # Where nothing arrives, torch says None.
+    output.register_hook(lambda grad: None if grad is None else grad * share)
     return output
 
 
@@ -82,7 +83,9 @@ class _Factor:
     def __init__(self, x: Tensor, y: Tensor) -> None:
         self._values: Any = (x.detach().clone(), y.detach())
 
-    def __call__(self, grad: Tensor) -> Tensor:
+    def __call__(self, grad: Tensor | None) -> Tensor | None:
+        if grad is None:
+            return None
         if isinstance(self._values, tuple):
             x, y = self._values
             self._values = quotient(nonzero(y), nonzero(x))

@@ -49,6 +49,7 @@ class Entry:
         shares: How much of each output the surrogate accounts for; empty without a stabiliser.
         inside: What was called meanwhile and answers for its own part.
         first: The call that this one was merged with.
+        leads: Whether it is this one's rule that counts then.
     """
 
     where: str
@@ -60,6 +61,7 @@ class Entry:
     shares: list[Spot] = field(default_factory=list)
     inside: list[Entry] = field(default_factory=list)
     first: Entry | None = None
+    leads: bool = False
 
 
 @dataclass
@@ -136,7 +138,7 @@ def _row(first: Entry, others: list[Entry], sums: dict[int, _Sums]) -> Row:
     return Row(
         where=" + ".join(entry.where for entry in whole),
         kind=" + ".join(entry.kind for entry in whole),
-        rule=first.rule,
+        rule=next((entry.rule for entry in others if entry.leads), first.rule),
         out=out,
         into=into,
         absorbed=absorbed,

@@ -139,7 +139,7 @@ def in_front(flow: Flow, module: Any, inputs: Inputs) -> tuple[nn.Module, Inputs
     elif norm.x.ndim != len(module.kernel_size) + 2 or _pads_zeros(module):
         return None
     if flow.recorder is not None:
-        flow.recorder.merge(inputs[0])
+        flow.recorder.merge(inputs[0], leads=True)
     parameters: dict[str, Tensor | None] = dict(effective_parameters(module))
     weight, bias = parameters["weight"], parameters.get("bias")
     assert weight is not None

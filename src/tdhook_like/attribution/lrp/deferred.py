@@ -60,8 +60,9 @@ class _Job:
         finally:
             if mode is not None:
                 mode.inside -= 1
-        self._found = self.output if found is None else found
-        return self._found
+        found = self.output if found is None else found
+        self._found = found
+        return found
 
 
 class _Deferred(torch.autograd.Function):

@@ -113,8 +113,10 @@ class Flow:
         counts, counted = self.unhandled, []
         result, _ = unwrapped(result)
 
-        def arrives(gradient: Tensor) -> None:
-            if not counted and _anything(gradient):  # it may come for one target after another
+        def arrives(gradient: Tensor | None) -> None:
+            if counted or gradient is None:  # it may come for one target after another
+                return
+            if _anything(gradient):
                 counted.append(name)
                 counts[name] += 1
 

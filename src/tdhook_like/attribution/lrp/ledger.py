@@ -131,7 +131,7 @@ class Recorder:
         self._under_way: list[Entry] = []
         self._target: Entry | None = None
         self._pending: Watched | None = None
-        self._partner: Entry | None = None
+        self._partner: tuple[Entry, bool] | None = None
         self._tagged: Sequence[Sequence[Sequence[Tensor]]] = ()
         # Blocks that run again in the backward pass are not taken down again.
         self._open = True
@@ -143,10 +143,15 @@ class Recorder:
         """What a copy that was handed over is a copy of; the tensor itself where it is none."""
         return self._copied.get(id(tensor), (None, tensor))[1]
 
-    def merge(self, made: Any) -> None:
-        """The call under way is one with the one that gave ``made`` to the model."""
+    def merge(self, made: Any, *, leads: bool = False) -> None:
+        """The call under way is one with the one that gave ``made`` to the model.
+
+        Args:
+            made: What the call under way was given.
+            leads: Whether the rule is that of the call under way.
+        """
         found = self._given.get(id(self.original(made)))
-        self._partner = None if found is None else found[1]
+        self._partner = None if found is None else (found[1], leads)
 
     def enter(
         self, where: str, rule: Any, module: nn.Module, args: Any, kwargs: Any, flow: Any
@@ -173,7 +178,7 @@ class Recorder:
         """
         while self._under_way.pop() is not watched.entry:
             pass  # a call that did not return
-        watched.entry.first, self._partner = self._partner, None
+        self._join(watched.entry)
         given = watched.given(result, raw)
         if len(shares) == len(watched.entry.outputs):
             watched.entry.shares = shares
@@ -192,10 +197,10 @@ class Recorder:
         watched, self._pending = self._pending, None
         if watched is None or not self._open or not watched.copies:
             return result
-        entry, partner = watched.entry, self._partner
+        entry = watched.entry
         entry.where, entry.cause = name, of_function(rule, name)
         entry.rule = "" if rule is None else repr(rule)
-        entry.first, self._partner = partner, None
+        self._join(entry)
         self._start(entry)
         copy = watched.copies[0][0]
         given = watched.given(result, mapped(lambda _: copy, result))
@@ -289,6 +294,11 @@ class Recorder:
         passes = [list(zip(*tagged, strict=True)) for tagged in self._tagged]
         found = (Found(g, [passed[i] for passed in passes]) for i, g in enumerate(columns))
         return balanced(self._entries, self._target, found, batch, start, arrived)
+
+    def _join(self, entry: Entry) -> None:
+        if self._partner is not None:
+            entry.first, entry.leads = self._partner
+        self._partner = None
 
     def _note_copies(self, watched: Watched) -> None:
         for copy, value, _ in watched.copies:

@@ -154,7 +154,8 @@ class RulePlan:
         after: dict[int, tuple[nn.Module, Handler]] = {}
         before: dict[int, tuple[nn.Module, Before]] = {}
         for line in self.lines:
-            if not line.acts:
+            noted = flow.recorder is not None and isinstance(line.rule, IgnoreRule)
+            if not line.acts and not noted:
                 continue
             module = of(line.module)
             in_place = getattr(module, "inplace", False) is True
