@@ -481,7 +481,9 @@ class Call:
             for path, original in context.captures.items():
                 module = of(original)
                 rule = after.get(id(module), (module, None))[1]
-                after[id(module)] = (module, captured.handler(path, rule))
+                explained = context.at is not None and path in context.at.named
+                begin = flow.begin if explained else None
+                after[id(module)] = (module, captured.handler(path, rule, begin))
         if ports is not None:
             for path, original in ports.modules.items():
                 module = of(original)

@@ -21,7 +21,7 @@ from tdhook_like.errors import TargetError, TdhookLikeError
 from tdhook_like.hooks.functional import Functions
 from tdhook_like.hooks.installation import Handler
 from tdhook_like.hooks.structure import leaves, mapped
-from tdhook_like.hooks.surrogate import Twice, unwrapped
+from tdhook_like.hooks.surrogate import Twice, has_graph, unwrapped
 from tdhook_like.layout import LAYOUTS, Layout, Run, folded, leading, verified
 from tdhook_like.runner import View
 from tdhook_like.targets import Pick, Reference, Target, columns
@@ -45,19 +45,34 @@ class Captured:
         """All tensors, in the order of paths and calls."""
         return [tensor for tensors in self.outputs.values() for tensor in tensors]
 
-    def handler(self, path: str, rule: Handler | None) -> Handler:
-        """A handler that captures what a module gives, behind the module's rule if it has one."""
+    def handler(
+        self, path: str, rule: Handler | None, begin: Callable[[Tensor], None] | None = None
+    ) -> Handler:
+        """A handler that captures what a module gives, behind the module's rule if it has one.
+
+        Args:
+            path: The module's path.
+            rule: Its handler.
+            begin: Told what flows on, where that is explained: it counts as an input from here on.
+        """
 
         def handle(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             changed = rule(module, args, kwargs, output) if rule is not None else None
             output = output if changed is None else changed
+            if begin is not None:
+                # Of indices and frozen parameters (an embedding's) no graph is made otherwise.
+                output = mapped(_leaf, output)
             if not self.open:
                 return mapped(lambda v: v.clone() if isinstance(v, Tensor) else v, output)
             for value in leaves(output):
                 if isinstance(value, Tensor) and value.is_floating_point():
                     self._keep(path, value)
             # What is captured must not be overwritten by an in-place successor.
-            return mapped(lambda v: v.clone() if isinstance(v, Tensor) else v, output)
+            output = mapped(lambda v: v.clone() if isinstance(v, Tensor) else v, output)
+            for value in leaves(output) if begin is not None else ():
+                if isinstance(value, Tensor):
+                    begin(value)
+            return output
 
         return handle
 
@@ -97,6 +112,13 @@ class Captured:
         for place in reversed(self._vmapped.get((path, call), [])):
             value = value.movedim(place, dims)
         return value
+
+
+def _leaf(value: Any) -> Any:
+    """A tensor that can be explained: a leaf of its own where it has no graph."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or has_graph(value):
+        return value
+    return value.detach().requires_grad_()
 
 
 class TargetColumns:

@@ -138,6 +138,13 @@ class Flow:
                 if (what, id(before)) in self._marks:
                     self._marks[what, id(after)] = after
 
+    def begin(self, tensor: Tensor) -> None:
+        """From here on, what is made of a tensor counts as made of the explained inputs."""
+        node = unwrapped(tensor)[0].grad_fn
+        if node is not None:
+            for walk in self._walks.values():
+                walk.begin(node)
+
     def depends(self, value: Any) -> bool:
         """Whether a tensor depends on the explained inputs; parameters alone do not count."""
         if not isinstance(value, Tensor):
@@ -180,6 +187,10 @@ class _Walk:
     def __init__(self, *, parameters: bool, ends: tuple[str, ...]) -> None:
         self._parameters, self._ends = parameters, ends
         self._known: dict[Any, bool] = {}
+
+    def begin(self, node: Any) -> None:
+        """Takes a node for one that leads to a wanted leaf."""
+        self._known[node] = True
 
     def reaches(self, tensor: Tensor) -> bool:
         """Whether a tensor that carries a graph does."""
