@@ -113,12 +113,13 @@ def test_over_time_relevance_goes_to_other_steps_and_none_of_it_is_lost_on_the_w
 
 
 @either("name", ["OneHotCategorical", "Categorical"])
-def test_what_the_ledger_of_a_log_probability_misses_is_the_policys_entropy(name: str):
+def test_what_a_log_probability_absorbs_as_a_target_is_the_policys_entropy(name: str):
     # log p_a is a logit against the log of a sum, which the target itself computes: from it,
     # logit_a - Σ p_i logit_i reaches the logits, and Σ p_i log p_i is what is left of the start.
     _, td, ledger = run(FAMILIES[name], LRP(PolicyMapper(), ledger=True))
     log_p = td["logits"].log_softmax(-1)
-    close(ledger.gap[..., 0], (log_p.exp() * log_p).sum(-1), 1e-6)
+    close(ledger.absorbed("target")[..., 0], (log_p.exp() * log_p).sum(-1), 1e-6)
+    close(ledger.gap, torch.zeros_like(ledger.gap), 1e-6)
 
 
 # --- noisy layers, dueling heads, distributions over atoms ----------------------------------------

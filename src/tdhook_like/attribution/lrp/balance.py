@@ -64,6 +64,10 @@ class Entry:
     leads: bool = False
 
 
+#: What is linear, or picks entries, need not be told of unless it absorbs.
+_OWN_GRADIENT = ("", "IgnoreRule()")
+
+
 @dataclass
 class _Sums:
     """An entry's relevance, ``[*B, T]`` each."""
@@ -106,7 +110,7 @@ def balanced(
         row = _row(first, others, sums)
         least = 4 * max(torch.finfo(start.dtype).eps, 1e-12) * torch.maximum(size, row.out.abs())
         kept = {k: v for k, v in row.absorbed.items() if not (v.abs() <= least).all()}
-        if kept or not (row.rule == "" or _idle(row)):
+        if kept or not (row.rule in _OWN_GRADIENT or _idle(row)):
             rows.append(replace(row, absorbed=kept))
     return Ledger(rows, start, arrived)
 

@@ -95,7 +95,12 @@ class FunctionRules:
                 pass
             name, rule = self.find(function)
             idle = isinstance(rule, Followed) and rule.is_plain and flow.recorder is None
-            found = None if rule is None or idle else partial(rule.call, flow, name)
+            if rule is None or idle:
+                found = None
+            elif flow.recorder is None:
+                found = partial(rule.call, flow, name)
+            else:
+                found = partial(flow.recorder.call, flow, name, rule)
             known[function] = found
             return found
 

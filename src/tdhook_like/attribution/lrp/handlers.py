@@ -44,7 +44,9 @@ def handlers(
     """
     #: Of calls under way: what is taken down, and the input as it was.
     calls: list[tuple[Any, Tensor | None]] = []
-    recorder = flow.recorder
+    # A module that keeps its own gradient is only taken down.
+    recorder, acts = flow.recorder, not isinstance(rule, IgnoreRule)
+    in_place = in_place and acts
     if isinstance(rule, BatchNormRule) and rule.fold:
         flow.folds = True
 
@@ -77,14 +79,15 @@ def handlers(
         if watched is not None:
             watch = lambda by, surrogate: shares.extend(accounted(by, inputs, surrogate))  # noqa: E731
         try:
-            result = _applied(rule, flow, module, inputs, output, watch)
+            result = _applied(rule, flow, module, inputs, output, watch) if acts else None
         except RuleError as error:
             raise RuleError(f"At {path!r}: {error}") from error
         if watched is not None:
             given = output if result is None else result
             assert recorder is not None
             result = recorder.leave(watched, given, output, shares)
-        _remember(rule, flow, module, inputs, output, output if result is None else result)
+        if acts:
+            _remember(rule, flow, module, inputs, output, output if result is None else result)
         return result
 
     return (ahead if in_place or recorder is not None else None), after
@@ -112,8 +115,6 @@ def _applied(
     rule: Rule, flow: Flow, module: nn.Module, inputs: Inputs, output: Any, watch: Any
 ) -> Any:
     """The rule's result, with normalisations read as part of the layers beside them."""
-    if isinstance(rule, IgnoreRule):
-        return None
     told = None if watch is None else partial(watch, rule)
     if flow.layers is not None and isinstance(output, Tensor):
         if isinstance(rule, BatchNormRule):
@@ -149,7 +150,7 @@ def _remember(rule: Rule, flow: Flow, module: Any, inputs: Inputs, output: Any, 
     """Notes how what the model is given was made, for what comes behind."""
     if type(rule) is PassRule:
         flow.mark("gate", given)
-    if flow.layers is None or not isinstance(given, Tensor) or isinstance(rule, IgnoreRule):
+    if flow.layers is None or not isinstance(given, Tensor):
         return
     if isinstance(rule, BatchNormRule):
         found = _fixed(rule, module)

@@ -15,7 +15,7 @@ from tdhook_like.attribution.lrp.kinship import is_known, record
 from tdhook_like.attribution.lrp.names import spoken
 from tdhook_like.errors import RuleError
 from tdhook_like.hooks.functional import opened
-from tdhook_like.hooks.structure import leaves
+from tdhook_like.hooks.structure import leaves, mapped
 from tdhook_like.hooks.surrogate import attach, has_graph
 
 __all__ = [
@@ -273,12 +273,19 @@ class Unhandled(FunctionRule):
     """Non-linear, and nobody knows better: follows the gradient, and is reported."""
 
     def call(self, flow: Flow, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        operands = flow.operands(args, kwargs)
+        operands, recorder = flow.operands(args, kwargs), flow.recorder
+        watched = bool(operands) and recorder is not None and not writes(func, args, kwargs)
+        if recorder is not None and watched:
+            args, kwargs = recorder.function_reads((args, kwargs), flow)
         result = func(*args, **kwargs)
         for value in leaves(result) if operands else ():
             if isinstance(value, Tensor) and has_graph(value):
                 flow.missing(name, value)
-        return result
+        if recorder is None or not watched:
+            return result
+        # A copy flows on: what is watched must not be overwritten.
+        given = recorder.function_gives(name, self, result)
+        return mapped(lambda v: v.clone() if isinstance(v, Tensor) else v, given)
 
 
 FOLLOWED, UNHANDLED = Followed(), Unhandled()
