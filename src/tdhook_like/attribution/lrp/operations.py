@@ -272,6 +272,8 @@ class Composed(FunctionRule):
 class Unhandled(FunctionRule):
     """Non-linear, and nobody knows better: follows the gradient, and is reported."""
 
+    absorbs = "no rule"
+
     def call(self, flow: Flow, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         operands, recorder = flow.operands(args, kwargs), flow.recorder
         watched = bool(operands) and recorder is not None and not writes(func, args, kwargs)
