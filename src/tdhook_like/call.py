@@ -128,9 +128,9 @@ class Call:
         context = self._context
         known = context.targets_are_fixed and context.plan is None
         baselines = getattr(self._method, "baselines", None)
-        if known and (baselines is None or isinstance(baselines, int | float | Tensor)):
-            if is_stateless(context.model):
-                return nullcontext()
+        plain = baselines is None or isinstance(baselines, int | float | Tensor)
+        if known and plain and is_stateless(context.model):
+            return nullcontext()
         return ForeignDraws()
 
     def _is_one_run(self, grads: bool, inference: bool) -> bool:
@@ -287,7 +287,11 @@ class Call:
         return self._result(attribution, targets, evaluation.outputs, evaluation.captured)
 
     def _along_path(
-        self, method: PathMethod, run: Run, shadow: Shadow | Itself, reference: TensorDictBase | None
+        self,
+        method: PathMethod,
+        run: Run,
+        shadow: Shadow | Itself,
+        reference: TensorDictBase | None,
     ) -> Written:
         context, captured = self._context, Captured()
         known = None if reference is not None else self._bound_before()
@@ -432,7 +436,10 @@ class Call:
             return None
         shapes = [x.shape for x in self._inputs.values()]
         for (batch, *others), columns in context.bound.items():
-            if others == shapes and batch[len(batch) - self._td.batch_dims :] == self._td.batch_size:
+            if (
+                others == shapes
+                and batch[len(batch) - self._td.batch_dims :] == self._td.batch_size
+            ):
                 return View(self._td, {}, batch), columns
         return None
 
@@ -474,7 +481,7 @@ class Call:
         after: dict[int, tuple[nn.Module, Handler]] = {}
         before, closed = {}, []
         if plan is not None:
-            if plan.calls_functions:
+            if plan.calls_functions or flow.recorder is not None:
                 flow.mode = Functions(context.functions.around(flow))
             after, before, closed = plan.hooks(flow, of)
         if captured is not None:
@@ -493,7 +500,13 @@ class Call:
         if not after and not before and mode is None:
             return self._twice or nullcontext()
         return Installation(
-            after.values(), before.values(), mode, closed, self._twice, context.scratch
+            after.values(),
+            before.values(),
+            mode,
+            closed,
+            self._twice,
+            context.scratch,
+            keywords=flow.recorder is not None,
         )
 
     def _check_destination(self, td: TensorDictBase, keys: Iterable[NestedKey]) -> None:

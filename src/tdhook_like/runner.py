@@ -76,9 +76,7 @@ class Runner:
             written = {key: outputs.get(key) for key in self._out_keys if key != "_"}
         return View(td, written)
 
-    def stacked_view(
-        self, td: TensorDictBase, leaves: Mapping[NestedKey, Tensor]
-    ) -> View | None:
+    def stacked_view(self, td: TensorDictBase, leaves: Mapping[NestedKey, Tensor]) -> View | None:
         """The outputs of a simple model at several values ``[k, *B, *features]`` of each leaf.
 
         None where it returns something else than a tensor for each key.

@@ -500,7 +500,7 @@ def gradients(
         TargetError: If the scores depend on none of the inputs in a differentiable way.
     """
     total = sum(part.shape[-1] for part in parts)
-    if len(parts) == 1 and 2 < total and parts[0].numel() * total <= 2**14 and not create_graph:
+    if len(parts) == 1 and total > 2 and parts[0].numel() * total <= 2**14 and not create_graph:
         found = _at_once(parts[0], inputs, weight)
         if found is not None:
             return found

@@ -118,7 +118,9 @@ class LRP(GradientMethod):
         if not callable(mapper):
             raise RuleError(f"LRP: rule_mapper must be callable (name, module), got {mapper!r}.")
         if isinstance(start, Mapping):
-            unknown = [name for name in start if not (isinstance(target, Mapping) and name in target)]
+            unknown = [
+                name for name in start if not (isinstance(target, Mapping) and name in target)
+            ]
             if unknown:
                 raise RuleError(
                     f"LRP: start names {listed(unknown)}, but the targets are "
@@ -156,7 +158,9 @@ class LRP(GradientMethod):
                 for weight, part in zip(each, parts, strict=True)
             ]
             return joined(found)
-        return None if isinstance(start, str) and start == "value" else _weight(start, joined(parts))
+        return (
+            None if isinstance(start, str) and start == "value" else _weight(start, joined(parts))
+        )
 
     def balanced(
         self,

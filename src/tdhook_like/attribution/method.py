@@ -266,9 +266,7 @@ class GradientMethod(Method):
         """Further backward passes, that tell the ledger what belongs to which batch element."""
         tags = recorder.tags(parts)
         weights = [tag if weight is None else tag * weight.detach() for tag in tags]
-        recorder.tagged(
-            [gradients(parts, watched, w, stopped=True, retain=True) for w in weights]
-        )
+        recorder.tagged([gradients(parts, watched, w, stopped=True, retain=True) for w in weights])
 
     def balanced(
         self,

@@ -31,8 +31,9 @@ __all__ = ["Handler", "Installation"]
 Handler = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
 """Called as ``handler(module, args, kwargs, output)``; a result other than None replaces output."""
 
-Before = Callable[[nn.Module, tuple[Any, ...]], Any]
-"""Called as ``before(module, args)`` ahead of the module's forward; may give other arguments."""
+Before = Callable[..., Any]
+"""Called as ``before(module, args)`` ahead of the module's forward; may give other arguments. With
+``keywords``: as ``before(module, args, kwargs)``, and may give a pair of both."""
 
 
 class Installation:
@@ -46,6 +47,8 @@ class Installation:
         functions: A mode for operations without a module, to be active meanwhile.
         closed: Modules that answer for everything inside them: the mode is off there.
         twice: What lets relevance be differentiated again, where that is asked for.
+        keywords: Whether handlers ahead see keyword arguments. torch shows these only to hooks on the
+            module itself, which then carries one for the length of the block.
         scratch: Where temporaries are borrowed from.
 
     >>> net = nn.Linear(2, 2)
@@ -66,13 +69,15 @@ class Installation:
         closed: Iterable[nn.Module] = (),
         twice: Twice | None = None,
         scratch: Scratch | None = None,
+        *,
+        keywords: bool = False,
     ) -> None:
         # The pairs are kept, and so are the modules alive and their identities valid.
         self._after = {id(pair[0]): pair for pair in after}
         self._before = {id(pair[0]): pair for pair in before}
         self._functions, self._entered = functions, False
         self._closed = {id(module): module for module in closed} if functions is not None else {}
-        self._twice = twice
+        self._twice, self._keywords = twice, keywords
         # What is differentiated again must not be overwritten by the next call.
         self._loan = Scratch.none() if scratch is None or twice is not None else scratch.loan()
         self._lent = False
@@ -81,7 +86,7 @@ class Installation:
     def __enter__(self) -> Installation:
         owner = threading.get_ident()
         after, before, closed = self._after, self._before, self._closed
-        functions = self._functions
+        functions, keywords = self._functions, self._keywords
 
         def answer(module: nn.Module, args: Any, *rest: Any) -> Any:
             found = after.get(id(module))
@@ -95,8 +100,11 @@ class Installation:
         def ahead(module: nn.Module, args: Any) -> Any:
             if functions is not None and id(module) in closed and _mine(owner):
                 functions.inside += 1
-            found = before.get(id(module))
+            found = None if keywords else before.get(id(module))
             return None if found is None or not _mine(owner) else found[1](module, args)
+
+        def ahead_of_all(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            return before[id(module)][1](module, args, kwargs) if _mine(owner) else None
 
         def left(module: nn.Module, *rest: Any) -> None:
             if functions is not None and id(module) in closed and _mine(owner):
@@ -114,6 +122,10 @@ class Installation:
                 self._handles.append(register_module_forward_hook(answer, with_kwargs=True))
             if before or closed:
                 self._handles.append(register_module_forward_pre_hook(ahead))
+            if keywords:
+                for module, _ in before.values():
+                    hook = module.register_forward_pre_hook(ahead_of_all, with_kwargs=True)
+                    self._handles.append(hook)
             if closed:
                 # Behind the rules, which are not seen by the mode either; also if forward raises.
                 self._handles.append(register_module_forward_hook(left, always_call=True))

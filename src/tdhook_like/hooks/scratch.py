@@ -89,7 +89,12 @@ def borrowed(like: Tensor) -> Tensor | None:
     if torch.compiler.is_compiling():
         return None
     loan: _Loan | None = getattr(_LOCAL, "loan", None)
-    if loan is None or not loan.open or like.numel() * like.itemsize < _LEAST or like.device.type != "cpu":
+    if (
+        loan is None
+        or not loan.open
+        or like.numel() * like.itemsize < _LEAST
+        or like.device.type != "cpu"
+    ):
         return None
     if torch._C._functorch.is_functorch_wrapped_tensor(like) or like.is_inference():  # pyright: ignore[reportAttributeAccessIssue]
         return None

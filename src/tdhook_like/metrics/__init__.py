@@ -27,6 +27,7 @@ from tdhook_like.metrics.agreement import Agreement, permutation_agreement
 from tdhook_like.metrics.curves import Deletion, Insertion, area
 from tdhook_like.metrics.environment import Hiding, Returns, returns_when_hidden
 from tdhook_like.metrics.faithfulness import Completeness, Infidelity, Noise, Removal
+from tdhook_like.metrics.parts import per_channel, per_head, per_token
 from tdhook_like.metrics.randomisation import Randomisation, parameter_randomisation
 from tdhook_like.metrics.ranks import spearman
 from tdhook_like.metrics.sensitivity import MaxSensitivity
@@ -49,6 +50,9 @@ __all__ = [
     "area",
     "key_shares",
     "parameter_randomisation",
+    "per_channel",
+    "per_head",
+    "per_token",
     "permutation_agreement",
     "returns_when_hidden",
     "spearman",

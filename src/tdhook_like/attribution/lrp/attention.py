@@ -65,7 +65,7 @@ class Attention(FunctionRule):
             return func(*args, **kwargs)
         flow.applied[name] += 1
         if flow.recorder is not None:
-            given = flow.recorder.function_inputs((), (given,), False, flow.depends)[1][0]
+            given = flow.recorder.function_reads(given, flow)
         share = self._shares(flows)
         for key in flows:
             if share[key] == 0:
@@ -79,7 +79,7 @@ class Attention(FunctionRule):
             q, k, v = given.values()
             output = attach(output, _written_out(q, k, v, mask, *rest, **others))
         if flow.recorder is not None:
-            output = flow.recorder.function(name, self, (), output, None).clone()
+            output = flow.recorder.function_gives(name, self, output)
         return output
 
     def _shares(self, flows: list[str]) -> dict[str, float]:

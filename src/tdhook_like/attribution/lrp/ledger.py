@@ -208,16 +208,6 @@ class Recorder:
         self._remember(given, entry)
         return given
 
-    def function_inputs(self, args: Any, kept: Any, written: bool, depends: Any) -> Any:
-        return args, self.function_reads(kept, depends.__self__)
-
-    def function(self, name: str, rule: Any, kept: Any, result: Any, surrogate: Any) -> Any:
-        pending = self._pending
-        if pending is not None and isinstance(result, Tensor) and not pending._flow.depends(result):
-            self._pending = None
-            return result
-        return self.function_gives(name, rule, result)
-
     def call(self, flow: Any, name: str, rule: Any, func: Any, args: Any, kwargs: Any) -> Any:
         """Calls a function by its rule; what lies behind a stop is seen to.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tdhook_like.attribution.lrp.flow import Flow
 from tdhook_like.attribution.lrp.kinship import is_known, record
+from tdhook_like.attribution.lrp.ledger import MOVES
 from tdhook_like.attribution.lrp.names import spoken
 from tdhook_like.errors import RuleError
 from tdhook_like.hooks.functional import opened
@@ -107,20 +108,18 @@ class FunctionRule:
     ) -> Any:
         """As :meth:`replaced`, of a function that overwrites nothing."""
         recorder = flow.recorder
-        if recorder is not None and any(x.is_complex() for x in flow.operands(args, kwargs)):
-            recorder = None  # relevance is told of real numbers
         if recorder is not None:
-            given = (args, kwargs)
-            args, kwargs = recorder.function_inputs((), given, False, flow.depends)[1]
+            args, kwargs = recorder.function_reads((args, kwargs), flow)
         output = func(*args, **kwargs)
         surrogate = self.surrogate(flow, output, *args, **kwargs)
-        if not isinstance(output, Tensor):
-            return output if surrogate is None else self._each(name, output, surrogate)
-        result = output if surrogate is None else self._attached(name, output, surrogate)
-        if recorder is not None and not output.is_complex():
-            # A copy flows on: what is watched must not be overwritten.
-            result = recorder.function(name, self, args, result, surrogate).clone()
-        self.finished(flow, result, args, kwargs)
+        result = output
+        if surrogate is not None:
+            attached = self._attached if isinstance(output, Tensor) else self._each
+            result = attached(name, output, surrogate)
+        if recorder is not None:
+            result = recorder.function_gives(name, self, result)
+        if isinstance(result, Tensor):
+            self.finished(flow, result, args, kwargs)
         return result
 
     def finished(
@@ -179,7 +178,7 @@ class Followed(FunctionRule):
     def call(self, flow: Flow, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         if self._unless is not None and self._unless(flow, *args, **kwargs):
             return UNHANDLED.call(flow, name, func, args, kwargs)
-        if flow.recorder is None:
+        if flow.recorder is None or name in MOVES:
             result = func(*args, **kwargs)
         else:
             result = super().call(flow, name, func, args, kwargs)

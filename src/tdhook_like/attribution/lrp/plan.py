@@ -113,7 +113,9 @@ class RulePlan:
             why = why_of(path, module) if why is None else why
             found[id(module)] = (path, module, rule, why)
         self.changes = changes()
-        self._folds = any(type(line[2]) is BatchNormRule and line[2].fold for line in found.values())
+        self._folds = any(
+            type(line[2]) is BatchNormRule and line[2].fold for line in found.values()
+        )
         #: Whether code runs that may call non-linear functions outside of every rule.
         self.calls_functions = any(id(m) not in found and not _transparent(m) for m in every)
         #: Whether a rule may let nothing pass.

@@ -97,9 +97,9 @@ class _OfOne(FunctionRule):
         if flow.recorder is None:
             result = passed(x, output)
         else:
-            x = flow.recorder.function_inputs((), (x,), False, flow.depends)[1][0]
+            x = flow.recorder.function_reads(x, flow)
             surrogate = passed(x, output)
-            result = flow.recorder.function(name, Passed(), (), surrogate, surrogate).clone()
+            result = flow.recorder.function_gives(name, Passed(), surrogate)
         record(flow.mode, result, [self._x])
         return result
 
