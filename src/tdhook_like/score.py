@@ -69,9 +69,10 @@ class Captured:
                     self._keep(path, value)
             # What is captured must not be overwritten by an in-place successor.
             output = mapped(lambda v: v.clone() if isinstance(v, Tensor) else v, output)
-            for value in leaves(output) if begin is not None else ():
-                if isinstance(value, Tensor):
-                    begin(value)
+            if begin is not None:
+                for value in leaves(output):
+                    if isinstance(value, Tensor):
+                        begin(value)
             return output
 
         return handle
@@ -358,8 +359,8 @@ class Score:
             with self._rules():
                 found = self._evaluate(layout, leaves)
                 each = gradients(found if of is None else of(found, rows), leaves)
-            for key, columns in zip(grads, zip(*each, strict=True), strict=True):
-                key.append(torch.stack(columns, 1))
+            for key, found_at in zip(grads, zip(*each, strict=True), strict=True):
+                key.append(torch.stack(found_at, 1))
             scores.append(joined(found).detach())
         return [torch.cat(key) for key in grads], torch.cat(scores)
 
