@@ -62,8 +62,8 @@ class RulePlan:
     >>> from tdhook_like.attribution.lrp import EpsilonPlus
     >>> print(RulePlan(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), EpsilonPlus()))
     path  type    rule                        why
-    0     Linear  EpsilonRule(epsilon=1e-06)  by the mapper
-    1     ReLU    PassRule()                  by the mapper: its own gradient is this rule
+    0     Linear  EpsilonRule(epsilon=1e-06)  type Linear
+    1     ReLU    PassRule()                  type ReLU: its own gradient is this rule
     """
 
     def __init__(
