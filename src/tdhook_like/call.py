@@ -36,7 +36,7 @@ from tdhook_like.randomness import ForeignDraws, OwnDraws, moved, restore_rng, r
 from tdhook_like.reading import attributed, declare, private_copy, same_bits
 from tdhook_like.runner import Undo, View, direct
 from tdhook_like.score import Captured, Evaluation, Score, TargetColumns, joined, members_last
-from tdhook_like.shadow import Itself, Shadow, is_stateless, stand_in
+from tdhook_like.shadow import Itself, Shadow, stand_in
 from tdhook_like.targets import AtStep, Reference
 from tdhook_like.writing import Written, report, results, write, write_outputs
 
@@ -98,7 +98,7 @@ class Call:
                 private = private_copy(self._td)
                 outputs = self._returned(private, self._attempt(runner.plain, private))
                 own = self._own
-                with _gradients(inference), self._foreign():
+                with _gradients(inference):
                     found = self._explained(outputs)
             batch = destination.batch_size if own is None else own.batch_size
             made = results(self._context, batch, found)
@@ -113,7 +113,7 @@ class Call:
         """The explanation alone: nothing of the model, its buffers or the RNG changes."""
         self._check_destination(destination, self._context.written())
         self._observing, self._batch = True, destination.batch_size
-        with _gradients(torch.is_inference_mode_enabled()), self._foreign():
+        with _gradients(torch.is_inference_mode_enabled()):
             found = self._explained(None)
         write(
             self._context,
@@ -123,15 +123,18 @@ class Call:
         )
         return destination
 
-    def _foreign(self) -> AbstractContextManager[None]:
+    def _foreign(self, shadow: Shadow | Itself) -> AbstractContextManager[None]:
         """Keeps Python's and numpy's generators as they are, where code may run that draws."""
         context = self._context
         known = context.targets_are_fixed and context.plan is None
-        baselines = getattr(self._method, "baselines", None)
-        plain = baselines is None or isinstance(baselines, int | float | Tensor)
-        if known and plain and is_stateless(context.model):
+        if known and self._draws_no_baselines and isinstance(shadow, Itself):
             return nullcontext()
         return ForeignDraws()
+
+    @property
+    def _draws_no_baselines(self) -> bool:
+        given = getattr(self._method, "baselines", None)
+        return given is None or isinstance(given, int | float | Tensor)
 
     def _is_one_run(self, grads: bool, inference: bool) -> bool:
         """Whether a differentiable run gives, bit for bit, what the plain call gives.
@@ -203,7 +206,10 @@ class Call:
             plain: What the plain call wrote, where there was one; targets are bound there.
         """
         shadow = stand_in(self._context.model)
+        with self._foreign(shadow):
+            return self._explained_on(shadow, plain)
 
+    def _explained_on(self, shadow: Shadow | Itself, plain: TensorDictBase | None) -> Written:
         def run(td: TensorDictBase) -> TensorDictBase:
             return self._steady(shadow, td)
 
@@ -310,10 +316,9 @@ class Call:
             template.batch_size = outputs.batch_size  # pyright: ignore[reportAttributeAccessIssue]
         varied = self._inputs or self._floating(template)
         keys, inputs = tuple(varied), tuple(x.detach() for x in varied.values())
-        spec = getattr(method, "baselines", None)
-        plain = spec is None or isinstance(spec, int | float | Tensor)
+        plain = self._draws_no_baselines
         with nullcontext() if plain else OwnDraws(self._state):  # a buffer is sampled from
-            baselines = resolve(spec, template, keys, inputs)
+            baselines = resolve(getattr(method, "baselines", None), template, keys, inputs)
         ports, tried = Ports(context.ports), lambda td: self._attempt(run, td)
         score = Score(
             ports.around(tried) if ports.modules else tried,
@@ -343,10 +348,7 @@ class Call:
         if context.at is not None and not at:
             at_submodules(method, score, context, attribution)
         self._check_reached()
-        new = [name for name in attribution.unhandled if name not in context.unhandled]
-        context.unhandled = context.unhandled | Counter(attribution.unhandled)
-        if new and method.unhandled != "ignore":
-            report(method, new)
+        self._tell_of(Counter(attribution.unhandled))
         return self._result(attribution, targets, outputs, captured)
 
     def _view(
@@ -541,10 +543,14 @@ class Call:
         if self._method.unreached == "raise":
             plan.check_reached(flow.reached)
         context.applied = flow.applied
-        # What is only said is said once; what is an error is one at every call.
+        self._tell_of(flow.unhandled)
+
+    def _tell_of(self, unhandled: Counter[str]) -> None:
+        """Says which functions had no rule. What is only said is said once; an error is one each time."""
+        context = self._context
         said = context.unhandled if self._method.unhandled == "warn" else ()
-        new = [name for name in flow.unhandled if name not in said]
-        context.unhandled = context.unhandled | flow.unhandled
+        new = [name for name in unhandled if name not in said]
+        context.unhandled = context.unhandled | unhandled
         if new and self._method.unhandled != "ignore":
             report(self._method, new)
 

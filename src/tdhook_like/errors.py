@@ -6,7 +6,7 @@ class also derives from the built-in exception that fits, so that ``except Value
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 __all__ = [
     "BaselineError",
@@ -79,6 +79,20 @@ class LockedError(TdhookLikeError, RuntimeError):
 
 class UnhandledOperationWarning(UserWarning):
     """A non-linear function has no rule: relevance follows its gradient there."""
+
+
+def without_a_rule(who: str, names: Sequence[str]) -> str:
+    """What is said of non-linear functions that have no rule.
+
+    >>> print(without_a_rule("LRP", ["atan2"]))
+    LRP: atan2() is not linear and without a rule, ...
+    """
+    return (
+        f"{who}: {', '.join(f'{name}()' for name in names)} "
+        f"{'is' if len(names) == 1 else 'are'} not linear and without a rule, so relevance follows the "
+        "gradient there and is not conserved. Put a rule on the module that calls it, or give one: "
+        f"functions=FunctionRules(rules={{{names[0]!r}: ...}}), None for the gradient."
+    )
 
 
 def listed(names: Iterable[object], most: int = 12) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tdhook_like.errors import TargetError, TdhookLikeError
 from tdhook_like.hooks.functional import Functions
 from tdhook_like.hooks.installation import Handler
-from tdhook_like.hooks.structure import leaves, mapped
+from tdhook_like.hooks.structure import cloned, leaves, mapped
 from tdhook_like.hooks.surrogate import Twice, has_graph, unwrapped
 from tdhook_like.layout import LAYOUTS, Layout, Run, folded, leading, verified
 from tdhook_like.runner import View
@@ -63,12 +63,12 @@ class Captured:
                 # Of indices and frozen parameters (an embedding's) no graph is made otherwise.
                 output = mapped(_leaf, output)
             if not self.open:
-                return mapped(lambda v: v.clone() if isinstance(v, Tensor) else v, output)
+                return cloned(output)
             for value in leaves(output):
                 if isinstance(value, Tensor) and value.is_floating_point():
                     self._keep(path, value)
             # What is captured must not be overwritten by an in-place successor.
-            output = mapped(lambda v: v.clone() if isinstance(v, Tensor) else v, output)
+            output = cloned(output)
             if begin is not None:
                 for value in leaves(output):
                     if isinstance(value, Tensor):

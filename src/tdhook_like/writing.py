@@ -13,7 +13,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from tdhook_like.attribution.method import Attribution
-from tdhook_like.errors import InputError, RuleError, UnhandledOperationWarning
+from tdhook_like.errors import InputError, RuleError, UnhandledOperationWarning, without_a_rule
 from tdhook_like.keys import as_tuple, place
 from tdhook_like.runner import View
 from tdhook_like.score import Captured
@@ -148,12 +148,7 @@ def write(context: HookContext, td: TensorDictBase, made: list[Result], found: W
 
 def report(method: Any, names: list[str]) -> None:
     """Says which non-linear functions followed their gradient, as the method wants it said."""
-    text = (
-        f"{type(method).__name__}: {', '.join(f'{name}()' for name in names)} "
-        f"{'is' if len(names) == 1 else 'are'} not linear and without a rule, so relevance follows the "
-        "gradient there and is not conserved. Put a rule on the module that calls it, or give one: "
-        f"functions=FunctionRules(rules={{{names[0]!r}: ...}}), None for the gradient."
-    )
+    text = without_a_rule(type(method).__name__, names)
     if method.unhandled == "raise":
         raise RuleError(text)
     warnings.warn(text, UnhandledOperationWarning, stacklevel=_depth_of_caller())

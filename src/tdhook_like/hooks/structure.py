@@ -10,7 +10,9 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
-__all__ = ["leaves", "mapped"]
+import torch
+
+__all__ = ["cloned", "leaves", "mapped"]
 
 
 def leaves(value: Any) -> Iterator[Any]:
@@ -46,3 +48,13 @@ def mapped(function: Callable[..., Any], value: Any, *others: Any) -> Any:
             found[key] = mapped(function, item, *(other[key] for other in others))
         return found
     return function(value, *others)
+
+
+def cloned(value: Any) -> Any:
+    """``value`` with copies of the tensors in it.
+
+    >>> x = torch.ones(1)
+    >>> cloned((x, 2))[0] is x
+    False
+    """
+    return mapped(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, value)

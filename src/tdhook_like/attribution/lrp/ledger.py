@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tdhook_like.attribution.lrp.accounts import Ledger, Row
 from tdhook_like.attribution.lrp.balance import Entry, Found, Spot, balanced, tags
 from tdhook_like.attribution.lrp.causes import of_function, of_module
+from tdhook_like.attribution.lrp.rule import is_float
 from tdhook_like.hooks.structure import leaves, mapped
 from tdhook_like.hooks.surrogate import unwrapped
 
@@ -308,11 +309,6 @@ class Recorder:
 def _overwrites(func: Any) -> bool:
     name = getattr(func, "__name__", "")
     return name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
-
-
-def is_float(value: Any) -> bool:
-    """Whether a value is a tensor that relevance could flow through."""
-    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def writes(tensor: Tensor) -> int:

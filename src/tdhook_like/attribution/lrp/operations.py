@@ -16,7 +16,7 @@ from tdhook_like.attribution.lrp.ledger import MOVES
 from tdhook_like.attribution.lrp.names import spoken
 from tdhook_like.errors import RuleError
 from tdhook_like.hooks.functional import opened
-from tdhook_like.hooks.structure import leaves, mapped
+from tdhook_like.hooks.structure import cloned, leaves
 from tdhook_like.hooks.surrogate import attach, has_graph
 
 __all__ = [
@@ -286,7 +286,7 @@ class Unhandled(FunctionRule):
             return result
         # A copy flows on: what is watched must not be overwritten.
         given = recorder.function_gives(name, self, result)
-        return mapped(lambda v: v.clone() if isinstance(v, Tensor) else v, given)
+        return cloned(given)
 
 
 FOLLOWED, UNHANDLED = Followed(), Unhandled()

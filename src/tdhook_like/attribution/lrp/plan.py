@@ -114,7 +114,7 @@ class RulePlan:
             found[id(module)] = (path, module, rule, why)
         self.changes = changes()
         self._folds = any(
-            type(line[2]) is BatchNormRule and line[2].fold for line in found.values()
+            isinstance(line[2], BatchNormRule) and line[2].fold for line in found.values()
         )
         #: Whether code runs that may call non-linear functions outside of every rule.
         self.calls_functions = any(id(m) not in found and not _transparent(m) for m in every)
@@ -151,8 +151,7 @@ class RulePlan:
             Handlers behind calls, handlers ahead of them, and the modules that have rules: what
             happens inside those is theirs to answer for.
         """
-        if self._folds or flow.mode is not None:
-            flow.layers = {}
+        self.begin(flow)
         after: dict[int, tuple[nn.Module, Handler]] = {}
         before: dict[int, tuple[nn.Module, Before]] = {}
         for line in self.lines:
@@ -168,6 +167,11 @@ class RulePlan:
         if flow.mode is None:
             return after, before, []
         return after, before, [of(line.module) for line in self.lines]
+
+    def begin(self, flow: Flow) -> None:
+        """Has a call remember what layers gave, where a normalisation may be read as part of one."""
+        if self._folds or flow.mode is not None:
+            flow.layers = {}
 
     def check_reached(self, reached: set[str]) -> None:
         """Raises :class:`RuleError` where a rule's module was never called."""

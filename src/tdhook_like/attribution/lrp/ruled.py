@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdhook_like.attribution.lrp.batchnorm import BatchNormRule
 from tdhook_like.attribution.lrp.flow import Flow
 from tdhook_like.attribution.lrp.following import follow, inside_transforms, left
 from tdhook_like.attribution.lrp.functions import FunctionRules, functions_of
@@ -35,6 +34,7 @@ from tdhook_like.errors import (
     RuleError,
     TargetError,
     UnhandledOperationWarning,
+    without_a_rule,
 )
 from tdhook_like.hooks.functional import Functions, open_all
 from tdhook_like.hooks.installation import Before, Handler
@@ -121,9 +121,6 @@ class RuledModel(nn.Module):
         # Relevance may start at outputs that are zero: nobody has said yet where it starts.
         self.plan = RulePlan(model, self.rule_mapper, feeds_zeros=True)
         self.functions = functions_of(self.rule_mapper) if functions is None else functions
-        self._folds = any(
-            isinstance(p.rule, BatchNormRule) and p.rule.fold for p in self.plan.lines
-        )
         if self.plan.calls_functions:
             open_all()
         self._given = functions
@@ -148,8 +145,7 @@ class RuledModel(nn.Module):
         if self.plan.calls_functions:
             flow.mode = Functions(self.functions.around(flow))
             flow.mode.running = 1
-        if self._folds or flow.mode is not None:
-            flow.layers = {}
+        self.plan.begin(flow)
         outer, self._current.run = self._current.run, _Run(flow)
         try:
             with nullcontext() if flow.mode is None else flow.mode:
@@ -187,12 +183,7 @@ class RuledModel(nn.Module):
         new = [name for name in flow.unhandled if name not in self._told]
         if not new or self.unhandled == "ignore":
             return
-        text = (
-            f"RuledModel: {', '.join(f'{name}()' for name in new)} {'is' if len(new) == 1 else 'are'} "
-            "not linear and without a rule, so relevance follows the gradient there and is not "
-            "conserved. Put a rule on the module that calls it, or give one: "
-            f"functions=FunctionRules(rules={{{new[0]!r}: ...}}), None for the gradient."
-        )
+        text = without_a_rule("RuledModel", new)
         if self.unhandled == "raise":
             raise RuleError(text)
         self._told.update(new)
