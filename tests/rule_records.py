@@ -52,16 +52,16 @@ from tdhook_like.attribution.lrp import (
     ZBoxRule,
     ZPlusRule,
 )
-from tdhook_like.attribution.lrp.masks import MaskRule
-from tdhook_like.attribution.lrp.picking import ArgmaxRule
-from tdhook_like.attribution.lrp.pooling import NormRule
-from tdhook_like.attribution.lrp.rectifiers import (
+from tdhook_like.attribution.lrp.rules.masks import MaskRule
+from tdhook_like.attribution.lrp.rules.picking import ArgmaxRule
+from tdhook_like.attribution.lrp.rules.pooling import NormRule
+from tdhook_like.attribution.lrp.rules.rectifiers import (
     BetaSmoothRule,
     DeconvReLURule,
     ExcitationRule,
     GuidedReLURule,
 )
-from tdhook_like.attribution.lrp.stabilizer import ClippedStabilizer, RelativeStabilizer
+from tdhook_like.attribution.lrp.rules.stabilizer import ClippedStabilizer, RelativeStabilizer
 
 EVERYTHING, BUT_BIAS, NOTHING = "everything", "everything but the bias's part", "nothing"
 

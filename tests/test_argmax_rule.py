@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rule_references as want_of
 from rule_samples import AFFINE, Sample, assert_close, explain, made, only
-from tdhook_like.attribution.lrp import Inputs, picking
-from tdhook_like.attribution.lrp.picking import ArgmaxRule
+from tdhook_like.attribution.lrp import Inputs
+from tdhook_like.attribution.lrp.rules import picking
+from tdhook_like.attribution.lrp.rules.picking import ArgmaxRule
 from tdhook_like.errors import RuleError
 
 F64 = torch.float64

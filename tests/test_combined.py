@@ -8,9 +8,11 @@ import pytest
 import torch
 from tensordict import TensorDict
 from tensordict.nn import InteractionType, TensorDictModule, set_interaction_type
-from torch import Tensor, nn
+from torch import nn
 from torchrl.modules import NormalParamExtractor, ProbabilisticActor, TanhNormal
 
+from explaining import BATCHES
+from explaining import driven as explained
 from method_references import DOUBLE, Joined
 from pristine import assert_same, snapshot, td_snapshot
 from tdhook_like import (
@@ -32,14 +34,6 @@ from tdhook_like.attribution.combined import (
 from tdhook_like.attribution.lrp import EpsilonPlus, GammaRule
 from tdhook_like.attribution.noise import NoiseTunnel
 from tdhook_like.attribution.shapley import ShapleyValueSampling
-
-BATCHES = [(), (3,), (3, 2), (2, 3, 2)]
-
-
-def explained(method: Any, net: Any, batch: tuple[int, ...], **inputs: Tensor) -> TensorDict:
-    model = net if isinstance(net, TensorDictModule) else TensorDictModule(net, list(inputs), ["y"])
-    with method.prepare(model) as hooked:
-        return hooked(TensorDict(inputs, batch))
 
 
 def gamma(name: str, module: nn.Module) -> Any:

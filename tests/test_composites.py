@@ -19,8 +19,8 @@ import reference_lrp as ref
 from rule_samples import assert_close, explain, grid, made
 from tdhook_like import LRP
 from tdhook_like.attribution.lrp import EpsilonPlus, EpsilonRule, FlatRule, Rule, RuleMapper
-from tdhook_like.attribution.lrp.choosing import Mapper
-from tdhook_like.attribution.lrp.composites import (
+from tdhook_like.attribution.lrp.mappers.choosing import Mapper
+from tdhook_like.attribution.lrp.mappers.composites import (
     CPLRP,
     AttnLRP,
     EpsilonAlpha2Beta1,
@@ -28,8 +28,8 @@ from tdhook_like.attribution.lrp.composites import (
     EpsilonGammaBox,
     EpsilonPlusFlat,
 )
-from tdhook_like.attribution.lrp.patterns import NameMapper
-from tdhook_like.attribution.lrp.policies import PolicyMapper
+from tdhook_like.attribution.lrp.mappers.patterns import NameMapper
+from tdhook_like.attribution.lrp.mappers.policies import PolicyMapper
 from tdhook_like.errors import RuleError
 from torchrl_records import FAMILIES
 from torchrl_records.nets import HIDDEN, OBS

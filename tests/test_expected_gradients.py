@@ -1,9 +1,8 @@
-"""Expected gradients, GradientSHAP, means over baselines, and given paths, against slow references."""
+"""Expected gradients, GradientSHAP, means over baselines, against slow references."""
 
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -14,46 +13,13 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Normal, Uniform
 from torchrl.data import LazyTensorStorage, ReplayBuffer
 
-from method_references import DOUBLE, Formula, Joined
+from explaining import BATCHES, explained
+from method_references import DOUBLE, Formula, Joined, integrated
 from pristine import assert_same, snapshot
-from tdhook_like import (
-    BaselineError,
-    CompletenessWarning,
-    ContextError,
-    Each,
-    FromBuffer,
-    FromKey,
-    InputError,
-    IntegratedGradients,
-    KeyNotFoundError,
-    Saliency,
-)
+from tdhook_like import CompletenessWarning, Each, FromBuffer, FromKey, IntegratedGradients
 from tdhook_like.attribution.ablation import FeatureAblation
 from tdhook_like.attribution.expected import ExpectedGradients, GradientShap, OverBaselines
-from tdhook_like.attribution.given_path import PathIntegratedGradients
 from tdhook_like.attribution.shapley import ShapleyValues, ShapleyValueSampling
-
-BATCHES = [(), (3,), (3, 2), (2, 3, 2)]
-
-
-def explained(method: Any, net: Any, batch: tuple[int, ...], **inputs: Tensor) -> TensorDict:
-    model = net if isinstance(net, TensorDictModule) else TensorDictModule(net, list(inputs), ["y"])
-    with method.prepare(model) as hooked:
-        return hooked.observe(TensorDict(inputs, batch))
-
-
-def integrated(
-    net: Any, x: list[Tensor], b: list[Tensor], output: int, n: int = 400
-) -> list[Tensor]:
-    """Integrated gradients by a midpoint sum, one point after another."""
-    total = [torch.zeros_like(t) for t in x]
-    for i in range(n):
-        t = (i + 0.5) / n
-        point = [(u + t * (v - u)).requires_grad_() for u, v in zip(b, x, strict=True)]
-        grads = torch.autograd.grad(net(*point)[..., output].sum(), point)
-        total = [s + g / n for s, g in zip(total, grads, strict=True)]
-    return [s * (v - u) for s, u, v in zip(total, b, x, strict=True)]
-
 
 # --- expected gradients -----------------------------------------------------------------------------
 
@@ -317,184 +283,3 @@ def test_errors_of_a_sampled_method_are_those_of_a_mean():
     ]
     expected = (each[0].square() + each[1].square()).sqrt() / 2
     torch.testing.assert_close(td["attr_error", "x"], expected)
-
-
-# --- given paths ------------------------------------------------------------------------------------
-
-
-def test_a_straight_path_is_integrated_gradients():
-    net, x = Joined([3, 2], 2).double(), torch.randn(4, 3, dtype=DOUBLE)
-    b, z = torch.randn(4, 2, dtype=DOUBLE), torch.randn(3, dtype=DOUBLE)
-    path = {"a": z[None], "b": torch.zeros(1, 2, dtype=DOUBLE)}
-    td = explained(PathIntegratedGradients(("y", 0), path=path), net, (4,), a=x, b=b)
-    same = explained(IntegratedGradients(("y", 0), baselines={"a": z}), net, (4,), a=x, b=b)
-    for key in "ab":
-        torch.testing.assert_close(td["attr", key], same["attr", key], rtol=0, atol=1e-10)
-
-
-@pytest.mark.parametrize("batch", BATCHES)
-def test_way_points_are_gone_through_piece_by_piece(batch):
-    net, x = Joined([3], 1).double(), torch.randn(*batch, 3, dtype=DOUBLE)
-    stops = torch.randn(3, *batch, 3, dtype=DOUBLE)
-    method = PathIntegratedGradients("y", path=stops, n_steps=40, internal_batch_size=7)
-    td = explained(method, net, batch, x=x)
-    ends = [*stops, x]
-    pieces = [integrated(net, [b], [a], 0, n=3000)[0] for a, b in pairwise(ends)]
-    torch.testing.assert_close(td["attr", "x"], sum(pieces), rtol=0, atol=1e-6)
-    change = (net(x) - net(stops[0]))[..., 0].detach()
-    torch.testing.assert_close(td["attr", "x"].sum(-1), change, rtol=0, atol=1e-9)
-    assert td["attr_gap"].abs().max() < 1e-9
-
-
-def test_of_a_product_the_path_decides_who_gets_it():
-    a, b = torch.rand(5, 1, dtype=DOUBLE), torch.rand(5, 1, dtype=DOUBLE)
-    product = Formula(lambda a, b: a * b)
-
-    def bent(times: Tensor, x: Tensor) -> Tensor:  # t²: slow first
-        return times.reshape(-1, *[1] * x.ndim) ** 2 * x
-
-    def straight(times: Tensor, x: Tensor) -> Tensor:
-        return times.reshape(-1, *[1] * x.ndim) * x
-
-    td = explained(
-        PathIntegratedGradients("y", path={"a": bent, "b": straight}), product, (5,), a=a, b=b
-    )
-    # ∫ t · 2t dt = 2/3 to a, ∫ t² dt = 1/3 to b
-    torch.testing.assert_close(td["attr", "a"], 2 / 3 * a * b, rtol=0, atol=1e-10)
-    torch.testing.assert_close(td["attr", "b"], 1 / 3 * a * b, rtol=0, atol=1e-10)
-
-
-def test_keys_that_do_not_move_get_nothing():
-    net, x = Joined([3, 2], 1).double(), torch.randn(4, 3, dtype=DOUBLE)
-    method = PathIntegratedGradients("y", path={"a": torch.zeros(1, 3)})
-    td = explained(method, net, (4,), a=x, b=torch.randn(4, 2, dtype=DOUBLE))
-    assert td["attr", "a"].all() and not td["attr", "b"].any()
-
-
-# --- bad input --------------------------------------------------------------------------------------
-
-ROWS = torch.zeros(2, 2)
-BAD: dict[str, tuple[Any, type[Exception], str]] = {
-    "no baselines": (lambda: ExpectedGradients("y"), BaselineError, "from what"),
-    "no rows": (
-        lambda: ExpectedGradients("y", baselines=torch.zeros(0, 2)),
-        BaselineError,
-        "rows to draw from",
-    ),
-    "no dimension": (
-        lambda: ExpectedGradients("y", baselines=torch.tensor(1.0)),
-        BaselineError,
-        "rows to draw from",
-    ),
-    "rows that differ": (
-        lambda: ExpectedGradients("y", baselines={"x": ROWS, "z": ROWS[:1]}),
-        BaselineError,
-        "drawn together",
-    ),
-    "NaN": (lambda: ExpectedGradients("y", baselines=ROWS / 0), BaselineError, "NaN or Inf"),
-    "several batch dimensions": (
-        lambda: ExpectedGradients("y", baselines=TensorDict({"x": ROWS}, [2, 2])),
-        BaselineError,
-        "Flatten it",
-    ),
-    "no samples": (
-        lambda: ExpectedGradients("y", baselines=ROWS, n_samples=0),
-        InputError,
-        "n_samples",
-    ),
-    "negative noise": (
-        lambda: GradientShap("y", baselines=ROWS, stdevs=-1.0),
-        InputError,
-        "stdevs",
-    ),
-    "unknown key": (
-        lambda: ExpectedGradients("y", baselines={"z": ROWS}).prepare(
-            nn.Linear(2, 1), ["x"], ["y"]
-        ),
-        BaselineError,
-        "'z'",
-    ),
-    "noise of an unknown key": (
-        lambda: GradientShap("y", baselines=ROWS, stdevs={"z": 0.1}).prepare(
-            nn.Linear(2, 1), ["x"], ["y"]
-        ),
-        KeyNotFoundError,
-        "'z'",
-    ),
-    "one row that is none": (
-        lambda: explained(
-            ExpectedGradients("y", baselines=torch.zeros(2)), nn.Linear(2, 1), (2,), x=ROWS
-        ),
-        BaselineError,
-        r"rows of shape \(\)",
-    ),
-    "submodules": (
-        lambda: ExpectedGradients("y", baselines=ROWS, at="0"),
-        ContextError,
-        "in_keys",
-    ),
-    "zero tolerance": (
-        lambda: ExpectedGradients("y", baselines=ROWS, gap_tolerance=0.0),
-        InputError,
-        "gap_tolerance",
-    ),
-    "over nothing": (
-        lambda: OverBaselines(IntegratedGradients("y"), over=[]),
-        BaselineError,
-        "no baselines",
-    ),
-    "a method without baselines": (
-        lambda: OverBaselines(Saliency("y"), over=[0.0]),
-        BaselineError,
-        "Saliency takes no baselines",
-    ),
-    "over an unknown key": (
-        lambda: OverBaselines(IntegratedGradients("y"), over=[0.0, {"z": 1.0}]).prepare(
-            nn.Linear(2, 1), ["x"], ["y"]
-        ),
-        BaselineError,
-        "'z'",
-    ),
-    "no path": (lambda: PathIntegratedGradients("y", path={}), InputError, "path="),
-    "a path of nothing": (
-        lambda: PathIntegratedGradients("y", path=torch.zeros(0, 2)),
-        InputError,
-        "at least one point",
-    ),
-    "paths of unequal lengths": (
-        lambda: PathIntegratedGradients("y", path={"x": ROWS, "z": ROWS[:1]}),
-        InputError,
-        "as many points",
-    ),
-    "a path that ends elsewhere": (
-        lambda: explained(
-            PathIntegratedGradients("y", path=lambda t, x: t.reshape(-1, 1, 1) * x + 1),
-            nn.Linear(2, 1),
-            (2,),
-            x=ROWS,
-        ),
-        InputError,
-        "does not end at the input",
-    ),
-    "a path of other shapes": (
-        lambda: explained(
-            PathIntegratedGradients("y", path=torch.zeros(1, 3)), nn.Linear(2, 1), (2,), x=ROWS
-        ),
-        InputError,
-        "do not broadcast",
-    ),
-    "a path of an unknown key": (
-        lambda: PathIntegratedGradients("y", path={"z": ROWS}).prepare(
-            nn.Linear(2, 1), ["x"], ["y"]
-        ),
-        KeyNotFoundError,
-        "'z'",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_what_makes_no_sense_is_refused(case):
-    make, error, words = BAD[case]
-    with pytest.raises(error, match=words):
-        make()

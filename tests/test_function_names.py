@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode, get_overridable_functions
 
 from tdhook_like.attribution.lrp import FunctionRules, names
+from tdhook_like.attribution.lrp.functions.operations import Opened, Unhandled
+from tdhook_like.attribution.lrp.functions.tables import table
 from tdhook_like.attribution.lrp.names import TRANSPARENT, spoken
-from tdhook_like.attribution.lrp.operations import Opened, Unhandled
-from tdhook_like.attribution.lrp.tables import table
 
 #: Non-linear, and rarely part of a model: followed by their gradient and reported.
 UNHANDLED = {

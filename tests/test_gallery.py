@@ -16,7 +16,7 @@ from torch import Tensor
 from tdhook_like import LRP
 from tdhook_like.attribution import lrp
 from tdhook_like.attribution.lrp import MaskRule, NameMapper, Rule, RulePlan, ZPlusRule
-from tdhook_like.attribution.lrp.choosing import Mapper
+from tdhook_like.attribution.lrp.mappers.choosing import Mapper
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE, FOLDER = DOCS / "gallery.md", DOCS / "gallery"

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from rule_samples import assert_close, explain, grid, made
 from tdhook_like import InputXGradient, Saliency
-from tdhook_like.attribution.lrp.choosing import Mapper
-from tdhook_like.attribution.lrp.gradient_mappers import (
+from tdhook_like.attribution.lrp.mappers.choosing import Mapper
+from tdhook_like.attribution.lrp.mappers.gradients import (
     BetaSmoothMapper,
     DeconvnetMapper,
     ExcitationMapper,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -14,18 +13,12 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.modules import ProbabilisticActor
 
+from explaining import driven as explained
 from method_references import DOUBLE, Formula, Joined, game, lime
 from tdhook_like import AtStep, Each, InputError, LogProb, TargetError
 from tdhook_like.attribution.shapley import ShapleyValues
 from tdhook_like.attribution.surrogate_models import KernelShap, Lime
 from tdhook_like.attribution.weighted_fit import FOLDS, WeightedFit
-
-
-def explained(method: Any, net: Any, batch: tuple[int, ...], **inputs: Tensor) -> TensorDict:
-    model = net if isinstance(net, TensorDictModule) else TensorDictModule(net, list(inputs), ["y"])
-    with method.prepare(model) as hooked:
-        return hooked(TensorDict(inputs, batch))
-
 
 # --- the fit ----------------------------------------------------------------------------------------
 

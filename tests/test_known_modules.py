@@ -24,8 +24,8 @@ from tdhook_like.attribution.lrp import (
     ZPlusRule,
 )
 from tdhook_like.attribution.lrp.batchnorm import BatchNormRule
-from tdhook_like.attribution.lrp.policies import PolicyMapper
-from tdhook_like.attribution.lrp.recurrent import SignalTakesAllRule
+from tdhook_like.attribution.lrp.mappers.policies import PolicyMapper
+from tdhook_like.attribution.lrp.recurrent.rules import SignalTakesAllRule
 
 
 def names(text: str) -> list[str]:

@@ -32,7 +32,7 @@ from tdhook_like.attribution.lrp import (
     UniformRule,
     ZPlusRule,
 )
-from tdhook_like.attribution.lrp.accounts import CAUSES, Ledger, Row
+from tdhook_like.attribution.lrp.ledger.accounts import CAUSES, Ledger, Row
 from tdhook_like.errors import ConservationError, RuleError
 
 F64 = torch.float64
@@ -640,7 +640,10 @@ def test_when_off_nothing_of_the_ledger_runs(name: str, monkeypatch: pytest.Monk
     def forbidden(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("the ledger is off")
 
-    for cls in ("tdhook_like.attribution.lrp.ledger.Recorder", "tdhook_like.call.Recorder"):
+    for cls in (
+        "tdhook_like.attribution.lrp.ledger.recorder.Recorder",
+        "tdhook_like.call.Recorder",
+    ):
         monkeypatch.setattr(cls, forbidden)
     without = _Operations()
     with without:

@@ -25,7 +25,7 @@ from tdhook_like.attribution.lrp import (
     UniformRule,
     ZPlusRule,
 )
-from tdhook_like.attribution.lrp.masks import MaskRule
+from tdhook_like.attribution.lrp.rules.masks import MaskRule
 from tdhook_like.errors import RuleError
 
 F64 = torch.float64

@@ -2,48 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from tensordict import TensorDict
 from tensordict.nn import EnsembleModule, TensorDictModule
 from torch import Tensor, nn
 
+from explaining import BATCHES, explained
 from method_references import DOUBLE, Formula, Joined
 from pristine import assert_same, snapshot
 from tdhook_like import (
     LRP,
     AtStep,
-    ContextError,
     Each,
     FromKey,
     Greedy,
-    InputError,
     InputXGradient,
     IntegratedGradients,
-    KeyNotFoundError,
     Saliency,
-    TargetError,
 )
 from tdhook_like.attribution.ablation import FeatureAblation, FeaturePermutation
-from tdhook_like.attribution.cam import GradCAM
-from tdhook_like.attribution.combined import AttributionMean
 from tdhook_like.attribution.deeplift import DeepLift
-from tdhook_like.attribution.layers import Conductance
 from tdhook_like.attribution.lrp import AlphaBetaRule, EpsilonPlus
 from tdhook_like.attribution.noise import Moments, NoiseTunnel
 from tdhook_like.attribution.rectified import GuidedBackprop
 from tdhook_like.attribution.shapley import ShapleyValueSampling
 
-BATCHES = [(), (3,), (3, 2), (2, 3, 2)]
 KINDS = ["smoothgrad", "smoothgrad_sq", "vargrad"]
-
-
-def explained(method: Any, net: Any, batch: tuple[int, ...], **inputs: Tensor) -> TensorDict:
-    model = net if isinstance(net, TensorDictModule) else TensorDictModule(net, list(inputs), ["y"])
-    with method.prepare(model) as hooked:
-        return hooked.observe(TensorDict(inputs, batch))
 
 
 def noise(seed: int, n: int, *shapes: tuple[int, ...]) -> list[list[Tensor]]:
@@ -344,104 +329,6 @@ def test_at_submodules_the_noise_is_on_what_they_give():
     torch.testing.assert_close(
         td["attr_at", "module.0"], torch.stack(slopes).mean(0), rtol=0, atol=1e-10
     )
-
-
-# --- options ----------------------------------------------------------------------------------------
-
-
-def test_what_the_inner_method_was_told_holds_for_the_tunnel():
-    inner = LRP(EpsilonPlus(), ("y", 0), root="relevance", keys=["a"], unreached="ignore")
-    method = NoiseTunnel(inner)
-    assert (method.target, method.root, method.keys) == (("y", 0), "relevance", ("a",))
-    assert method.rules is inner.rules and method.unreached == "ignore"
-    other = NoiseTunnel(inner, target=("y", 1), root="noisy")
-    assert (other.target, other.root, other.keys) == (("y", 1), "noisy", ("a",))
-    again = other.replaced(n_samples=3)
-    assert isinstance(again, NoiseTunnel)
-    assert (again.n_samples, again.root, again.method) == (3, "noisy", inner)
-
-
-def test_the_size_of_chunks_is_the_inner_methods_unless_it_is_given():
-    inner = IntegratedGradients("y", internal_batch_size=7)
-    assert NoiseTunnel(inner).internal_batch_size == 7
-    assert NoiseTunnel(inner, internal_batch_size=9).internal_batch_size == 9
-
-
-def test_what_is_written_is_printed():
-    context = NoiseTunnel(Saliency("y")).prepare(nn.Linear(2, 1), ["x"], ["y"])
-    assert "('attr', 'x'), ('attr_error', 'x')" in str(context)
-
-
-BAD: dict[str, tuple[Any, type[Exception], str]] = {
-    "no samples": (lambda: NoiseTunnel(Saliency("y"), n_samples=0), InputError, "n_samples"),
-    "half a sample": (lambda: NoiseTunnel(Saliency("y"), n_samples=2.5), InputError, "n_samples"),
-    "variance of one": (
-        lambda: NoiseTunnel(Saliency("y"), n_samples=1, kind="vargrad"),
-        InputError,
-        "at least 2",
-    ),
-    "negative noise": (lambda: NoiseTunnel(Saliency("y"), stdevs=-0.1), InputError, "stdevs"),
-    "negative noise of a key": (
-        lambda: NoiseTunnel(Saliency("y"), stdevs={"x": -0.1}),
-        InputError,
-        "stdevs\\['x'\\]",
-    ),
-    "infinite noise": (
-        lambda: NoiseTunnel(Saliency("y"), stdevs=float("inf")),
-        InputError,
-        "finite",
-    ),
-    "noise that is a word": (lambda: NoiseTunnel(Saliency("y"), stdevs="a"), InputError, "stdevs"),
-    "unknown kind": (lambda: NoiseTunnel(Saliency("y"), kind="mean"), InputError, "smoothgrad_sq"),
-    "negative seed": (lambda: NoiseTunnel(Saliency("y"), seed=-1), InputError, "seed"),
-    "no method": (lambda: NoiseTunnel("y"), ContextError, "takes a method"),  # pyright: ignore
-    "a sum": (
-        lambda: NoiseTunnel(AttributionMean(Saliency("y"), Saliency("y"))),
-        ContextError,
-        "Wrap each of them",
-    ),
-    "submodules along a path of its own": (
-        lambda: NoiseTunnel(Conductance("y", at="0")),
-        ContextError,
-        "leave at= out",
-    ),
-    "a map of one run": (lambda: NoiseTunnel(GradCAM("y", at="0")), ContextError, "one run"),
-    "a graph": (lambda: NoiseTunnel(Saliency("y", create_graph=True)), ContextError, "graph"),
-    "unknown option": (lambda: NoiseTunnel(Saliency("y"), n=3), TypeError, "'n'"),
-    "unknown key": (
-        lambda: NoiseTunnel(Saliency("y"), stdevs={"z": 0.1}).prepare(
-            nn.Linear(2, 1), ["x"], ["y"]
-        ),
-        KeyNotFoundError,
-        "'z'",
-    ),
-    "unknown key of a mask": (
-        lambda: NoiseTunnel(FeatureAblation("y", masks={"z": torch.tensor([0])})).prepare(
-            nn.Linear(2, 1), ["x"], ["y"]
-        ),
-        KeyNotFoundError,
-        "'z'",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_what_makes_no_sense_is_refused(case):
-    make, error, words = BAD[case]
-    with pytest.raises(error, match=words):
-        make()
-
-
-def test_noise_of_another_shape_is_refused():
-    method = NoiseTunnel(Saliency("y"), stdevs=torch.ones(5))
-    with pytest.raises(InputError, match=r"stdevs of 'x' has shape \(5,\)"):
-        explained(method, nn.Linear(3, 1), (4,), x=torch.randn(4, 3))
-
-
-def test_a_score_that_is_not_finite_nearby_is_reported():
-    method = NoiseTunnel(Saliency("y"), stdevs=5.0)
-    with pytest.raises(TargetError, match="NaN or Inf at a point that NoiseTunnel"):
-        explained(method, Formula(torch.log), (4,), x=torch.ones(4, 1))
 
 
 def test_moments_of_uneven_chunks_are_those_of_all():

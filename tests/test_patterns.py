@@ -27,9 +27,9 @@ from tdhook_like.attribution.lrp import (
     ZBoxRule,
     ZPlusRule,
 )
-from tdhook_like.attribution.lrp.choosing import LayeredMapper, Mapper
-from tdhook_like.attribution.lrp.composites import CPLRP, AttnLRP, EpsilonPlusFlat
-from tdhook_like.attribution.lrp.patterns import FirstLayer, NameMapper, TypeMapper
+from tdhook_like.attribution.lrp.mappers.choosing import LayeredMapper, Mapper
+from tdhook_like.attribution.lrp.mappers.composites import CPLRP, AttnLRP, EpsilonPlusFlat
+from tdhook_like.attribution.lrp.mappers.patterns import FirstLayer, NameMapper, TypeMapper
 from tdhook_like.errors import PathError, RuleError
 from torchrl_records import FAMILIES
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rule_samples import Sum, assert_close, explain, grid, only
 from tdhook_like.attribution.lrp import EpsilonPlus, Rule
-from tdhook_like.attribution.lrp.pooling import NormRule
+from tdhook_like.attribution.lrp.rules.pooling import NormRule
 from tdhook_like.errors import RuleError
 
 

@@ -15,7 +15,7 @@ from pristine import bits
 from rule_samples import assert_close, explain, grid, made, only
 from tdhook_like import LRP, Saliency
 from tdhook_like.attribution.lrp import BaseRuleMapper, Inputs, Rule, RuleMapper
-from tdhook_like.attribution.lrp.rectifiers import (
+from tdhook_like.attribution.lrp.rules.rectifiers import (
     BetaSmoothRule,
     DeconvReLURule,
     ExcitationRule,

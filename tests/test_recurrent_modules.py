@@ -17,13 +17,13 @@ from pristine import bits
 from rule_samples import only
 from tdhook_like import LRP, AtStep
 from tdhook_like.attribution.lrp import EpsilonPlus, Inputs
-from tdhook_like.attribution.lrp.recurrent import (
+from tdhook_like.attribution.lrp.recurrent.rules import (
     HalfRule,
     ProportionalRule,
     RecurrentRule,
     SignalTakesAllRule,
 )
-from tdhook_like.attribution.lrp.stabilizer import ClippedStabilizer
+from tdhook_like.attribution.lrp.rules.stabilizer import ClippedStabilizer
 from tdhook_like.errors import RuleError
 from tdhook_like.hooks.surrogate import Twice
 from tdhook_like.targets import Each

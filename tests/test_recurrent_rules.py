@@ -19,7 +19,7 @@ from torchrl.modules.tensordict_module.rnn import LSTM as PythonLSTM
 import reference_recurrent as ref
 from pristine import bits
 from tdhook_like.attribution.lrp import Inputs
-from tdhook_like.attribution.lrp.recurrent import (
+from tdhook_like.attribution.lrp.recurrent.rules import (
     HalfRule,
     ProportionalRule,
     RecurrentRule,

@@ -31,8 +31,8 @@ from tdhook_like.attribution.lrp import (
     ZBoxRule,
     ZPlusRule,
 )
-from tdhook_like.attribution.lrp.picking import ArgmaxRule
-from tdhook_like.attribution.lrp.rectifiers import ExcitationRule
+from tdhook_like.attribution.lrp.rules.picking import ArgmaxRule
+from tdhook_like.attribution.lrp.rules.rectifiers import ExcitationRule
 from tdhook_like.errors import RuleError
 
 F64 = torch.float64

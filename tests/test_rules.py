@@ -44,12 +44,8 @@ from tdhook_like.attribution.lrp import (
     WSquareRule,
     ZBoxRule,
     ZPlusRule,
-    masks,
-    picking,
-    pooling,
-    rectifiers,
-    stabilizer,
 )
+from tdhook_like.attribution.lrp.rules import masks, picking, pooling, rectifiers, stabilizer
 from tdhook_like.errors import RuleError
 from tdhook_like.targets import Each
 

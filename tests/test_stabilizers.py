@@ -32,9 +32,9 @@ from tdhook_like.attribution.lrp import (
     ZBoxRule,
     ZPlusRule,
 )
-from tdhook_like.attribution.lrp.pooling import NormRule
-from tdhook_like.attribution.lrp.rectifiers import ExcitationRule
-from tdhook_like.attribution.lrp.stabilizer import (
+from tdhook_like.attribution.lrp.rules.pooling import NormRule
+from tdhook_like.attribution.lrp.rules.rectifiers import ExcitationRule
+from tdhook_like.attribution.lrp.rules.stabilizer import (
     ClippedStabilizer,
     RelativeStabilizer,
     Stabilizer,

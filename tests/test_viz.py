@@ -1,4 +1,4 @@
-"""Claims about the pictures, read back from what was drawn."""
+"""Claims about bars, heat maps and their scale, read back from what was drawn."""
 
 # Artists are read back through attributes that matplotlib's own types leave open.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
@@ -7,68 +7,17 @@
 
 from __future__ import annotations
 
-import itertools
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
-from tensordict import TensorDict
 
 from tdhook_like.errors import InputError
-from tdhook_like.metrics import key_shares
 
 pytest.importorskip("matplotlib")
 
-from matplotlib.figure import Figure
-from matplotlib.text import Text
 
-from tdhook_like.viz import episode_heatmap, key_bars, symmetric_scale, waterfall
-
-
-def shares_of(seed: int, keys: Any = ("cart", "pole", ("agents", "noise"))):
-    generator = torch.Generator().manual_seed(seed)
-    leaves = {key: torch.randn(30, 2, generator=generator) + 0.3 * i for i, key in enumerate(keys)}
-    return key_shares(TensorDict({"attr": TensorDict(leaves, [30])}, [30]))
-
-
-def episode(steps: int = 40) -> dict:
-    generator = torch.Generator().manual_seed(0)
-    return {
-        "cart": torch.randn(steps, 2, generator=generator),
-        ("agents", "noise"): 0.1 * torch.randn(steps, 3, generator=generator),
-    }
-
-
-def words(figure: Figure) -> str:
-    """Everything that is written in a figure."""
-    figure.canvas.draw()
-    found = figure.findobj(lambda artist: isinstance(artist, Text) and artist.get_visible())
-    return "\n".join(artist.get_text() for artist in found if artist.get_text())
-
-
-def overlapping(figure: Any) -> list[tuple[str, str]]:
-    """Pairs of texts that are drawn over each other."""
-    figure.canvas.draw()
-    renderer = figure.canvas.get_renderer()
-    boxes = []
-    for axes in figure.axes:
-        texts = [*axes.texts, axes.title, axes._left_title, axes.xaxis.label, axes.yaxis.label]
-        texts += [label for label in axes.get_yticklabels() if axes.yaxis.get_visible()]
-        low, high = sorted(axes.get_xlim())
-        ticks = zip(axes.get_xticks(), axes.get_xticklabels(), strict=False)
-        texts += [label for at, label in ticks if low <= at <= high]
-        boxes += [(t.get_text(), t.get_window_extent(renderer)) for t in texts if t.get_text()]
-    for legend in figure.legends:
-        boxes += [(t.get_text(), t.get_window_extent(renderer)) for t in legend.get_texts()]
-    title = figure._suptitle
-    boxes.append((title.get_text(), title.get_window_extent(renderer)))
-    pairs = itertools.combinations(boxes, 2)
-    return [(a, b) for (a, box), (b, other) in pairs if box.overlaps(other) and a != b]
-
+from drawn import episode, shares_of, words
+from tdhook_like.viz import episode_heatmap, key_bars, symmetric_scale
 
 # Key bars
 
@@ -232,82 +181,6 @@ def test_what_cannot_be_drawn_is_refused_by_name(changed, message):
         episode_heatmap(**given)
 
 
-# Waterfall
-
-
-def bars_of(figure: Figure) -> dict[str, tuple[float, float]]:
-    axes = figure.axes[0]
-    labels = [label.get_text() for label in axes.get_yticklabels()]
-    bars = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in axes.patches]
-    return dict(zip(labels, bars, strict=True))
-
-
-def test_each_bar_starts_where_the_one_before_it_ended_and_the_last_ends_at_the_score():
-    parts = {"a": 0.5, "b": -2.0, ("c", "d"): 1.0}
-    bars = bars_of(waterfall(parts, total=0.0, target="q", bias=0.5))
-    assert bars == {"bias": (0, 0.5), "b": (0.5, -1.5), "c.d": (-1.5, -0.5), "a": (-0.5, 0.0)}
-
-
-def test_what_is_not_attributed_is_a_bar_of_its_own():
-    figure = waterfall({"a": 1.0, "b": -0.5}, total=0.8, target="q", bias=0.1)
-    assert bars_of(figure)["gap"] == pytest.approx((0.6, 0.8))
-    assert figure.axes[0].patches[-1].get_hatch()
-    assert "+0.2 of the score is not attributed" in words(figure)
-    without_bias = bars_of(waterfall({"a": 1.0}, total=0.8, target="q"))
-    assert without_bias["bias or gap"] == pytest.approx((1.0, 0.8))
-
-
-def test_a_large_bias_does_not_hide_a_gap():
-    figure = waterfall({"a": 0.1}, total=480.15, target="v", bias=480.0)
-    assert bars_of(figure)["gap"] == pytest.approx((480.1, 480.15))
-
-
-def test_small_contributions_are_summed_up_as_others():
-    parts = {f"f{i}": 2.0**-i for i in range(8)}
-    total = sum(parts.values())
-    bars = bars_of(waterfall(parts, total=total, target="q", max_bars=3))
-    assert list(bars) == ["f0", "f1", "f2", "5 others"]
-    assert bars["5 others"] == pytest.approx((1.75, total))
-    assert "others" not in "".join(bars_of(waterfall(parts, total=total, target="q", max_bars=7)))
-
-
-def test_what_raises_the_score_is_red_and_what_lowers_it_is_blue():
-    bars = waterfall({"up": 2.0, "down": -1.0}, total=1.0, target="q").axes[0].patches
-    up, down = (np.asarray(bar.get_facecolor()) for bar in bars)
-    assert up[0] > 2 * up[2]
-    assert down[2] > 2 * down[0]
-
-
-@pytest.mark.parametrize("sign", [1, -1])
-def test_a_bias_that_dwarfs_the_rest_is_cut_and_the_picture_says_where(sign):
-    parts = {"a": sign * 0.5, "b": sign * -0.2}
-    figure = waterfall(parts, total=sign * 97.3, target="v", bias=sign * 97.0)
-    low, high = figure.axes[0].get_xlim()
-    assert 0 < low < 97.0 or -97.0 < high < 0
-    edge = f"{low if sign > 0 else high:.4g}".replace("-", "−")
-    assert f"axis clips at {edge}: the first bar reaches on to 0" in words(figure)
-    uncut = waterfall(parts, total=sign * 0.8, target="v", bias=sign * 0.5)
-    assert "nothing is clipped" in words(uncut)
-
-
-def test_a_contribution_called_bias_is_not_the_bias():
-    figure = waterfall({"bias": 3.0, "a": 1.0}, total=4.0, target="v")
-    assert figure.axes[0].get_xlim()[1] > 4.0
-
-
-def test_a_waterfall_refuses_what_is_no_single_number():
-    with pytest.raises(InputError, match="'a' has the shape"):
-        waterfall({"a": torch.ones(3)}, total=1.0, target="q")
-    with pytest.raises(InputError, match=r"'a' cannot be drawn.*NaN"):
-        waterfall({"a": float("nan")}, total=1.0, target="q")
-    with pytest.raises(InputError, match="'total' cannot be drawn"):
-        waterfall({"a": 1.0}, total=float("inf"), target="q")
-    with pytest.raises(InputError, match="contributions is empty"):
-        waterfall({}, total=1.0, target="q")
-    with pytest.raises(InputError, match="max_bars=0"):
-        waterfall({"a": 1.0}, total=1.0, target="q", max_bars=0)
-
-
 # The scale
 
 
@@ -331,101 +204,3 @@ def test_a_scale_for_zeros_is_still_a_scale():
     scale = symmetric_scale(torch.zeros(4))
     assert scale.limit == 1.0
     assert "every value is 0" in scale.note()
-
-
-# All pictures
-
-
-PICTURES = {
-    "bars": lambda target, **more: key_bars(
-        {"LRP": shares_of(0), "Integrated gradients": shares_of(1), "Saliency": shares_of(2)},
-        target=target,
-        truth={"cart": 3.0, "pole": 471.0, ("agents", "noise"): -1.0},
-        **more,
-    ),
-    "heat map": lambda target, **more: episode_heatmap(
-        episode(),
-        torch.arange(40) % 2,
-        target=target,
-        feature_names={"cart": ["position", "angular velocity"]},
-        **more,
-    ),
-    "waterfall": lambda target, **more: waterfall(
-        {"pole.angular velocity": -0.55, "cart": 0.13, "noise": -0.05, "echo": 0.007},
-        total=0.01,
-        target=target,
-        bias=0.31,
-        **more,
-    ),
-}
-
-
-@pytest.fixture(params=PICTURES)
-def picture(request):
-    return PICTURES[request.param]
-
-
-def test_every_picture_names_its_target_in_the_title(picture):
-    assert "logits[left]" in picture("logits[left]").get_suptitle()
-
-
-def test_every_picture_says_what_it_clips(picture):
-    assert "clip" in words(picture("state_value"))
-
-
-@pytest.mark.parametrize("target", ["v", "log-probability of the action of the left agent " * 2])
-def test_no_text_is_drawn_over_another(picture, target):
-    assert overlapping(picture(target)) == []
-
-
-def test_every_picture_is_saved_as_png(picture, tmp_path):
-    for name in ("picture.png", "picture"):
-        figure = picture("v", path=tmp_path / name)
-        assert isinstance(figure, Figure)
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-
-
-def test_dollars_in_names_are_not_formulas():
-    figure = waterfall({"cash $x_1$": 1.0}, total=1.0, target="gain in $ and $")
-    figure.canvas.draw()
-    assert r"gain in \$ and \$" in figure.get_suptitle()
-
-
-def test_threads_draw_the_same_pictures_at_the_same_time(tmp_path):
-    def draw(number: int) -> bytes:
-        path = tmp_path / f"{number}.png"
-        PICTURES["heat map"]("q", path=path)
-        return path.read_bytes()
-
-    alone = draw(-1)
-    with ThreadPoolExecutor(4) as pool:
-        assert set(pool.map(draw, range(8))) == {alone}
-
-
-def run(program: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True
-    )
-    return done.stdout
-
-
-def test_metrics_import_no_matplotlib_and_pictures_no_global_figure_state():
-    printed = run(
-        "import sys, tdhook_like.metrics; print('matplotlib' in sys.modules)\n"
-        "import tdhook_like.viz as viz\n"
-        "viz.waterfall({'a': 1.0}, total=1.0, target='q').canvas.draw()\n"
-        "print('matplotlib.pyplot' in sys.modules)"
-    )
-    assert printed.split() == ["False", "False"]
-
-
-def test_a_missing_matplotlib_is_reported_in_words():
-    printed = run(
-        "import sys; sys.modules['matplotlib'] = None\n"
-        "from tdhook_like.errors import TdhookLikeError\n"
-        "try:\n    import tdhook_like.viz\n"
-        "except ImportError as error:\n"
-        "    print(isinstance(error, TdhookLikeError), error)\n"
-    )
-    assert printed.startswith("True")
-    assert "pip install tdhook_like[viz]" in printed

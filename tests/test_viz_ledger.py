@@ -15,7 +15,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from tdhook_like import LRP, EpsilonPlus
-from tdhook_like.attribution.lrp.accounts import CAUSES, Ledger, Row
+from tdhook_like.attribution.lrp.ledger.accounts import CAUSES, Ledger, Row
 from tdhook_like.errors import InputError
 
 pytest.importorskip("matplotlib")

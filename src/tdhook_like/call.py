@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tdhook_like.attribution.cuts import at_submodules
 from tdhook_like.attribution.lrp.flow import Flow
-from tdhook_like.attribution.lrp.ledger import Recorder
+from tdhook_like.attribution.lrp.ledger.recorder import Recorder
 from tdhook_like.attribution.method import Attribution, GradientMethod, PathMethod, by_member
 from tdhook_like.baselines import resolve
 from tdhook_like.errors import (

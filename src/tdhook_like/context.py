@@ -12,10 +12,10 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase, dispatch
 from tensordict.utils import NestedKey
 from torch import nn
 
-from tdhook_like.attribution.lrp.functions import functions_of
-from tdhook_like.attribution.lrp.ledger import Ledger
+from tdhook_like.attribution.lrp.functions.lookup import functions_of
+from tdhook_like.attribution.lrp.ledger.recorder import Ledger
 from tdhook_like.attribution.lrp.plan import RulePlan
-from tdhook_like.attribution.lrp.rule import changes
+from tdhook_like.attribution.lrp.rules.rule import changes
 from tdhook_like.baselines import check as check_baselines
 from tdhook_like.call import Call
 from tdhook_like.defaults import default_target, recurrent_modules

@@ -27,7 +27,7 @@ from tdhook_like.runner import View
 from tdhook_like.targets import Pick, Reference, Target, columns
 
 if TYPE_CHECKING:
-    from tdhook_like.attribution.lrp.ledger import Recorder
+    from tdhook_like.attribution.lrp.ledger.recorder import Recorder
 
 __all__ = ["Captured", "Evaluation", "Score", "TargetColumns"]
 

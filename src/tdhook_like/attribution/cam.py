@@ -12,8 +12,8 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from tdhook_like.attribution.lrp.flow import Flow
-from tdhook_like.attribution.lrp.gradient_mappers import RectifierFunctions
-from tdhook_like.attribution.lrp.rectifiers import GuidedReLURule
+from tdhook_like.attribution.lrp.mappers.gradients import RectifierFunctions
+from tdhook_like.attribution.lrp.rules.rectifiers import GuidedReLURule
 from tdhook_like.attribution.method import Attribution, GradientMethod, Method, PathMethod
 from tdhook_like.errors import ContextError, InputError, PathError, listed
 from tdhook_like.hooks.functional import Functions

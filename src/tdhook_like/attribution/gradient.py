@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdhook_like.attribution.lrp.ledger import Ledger, Recorder
-from tdhook_like.attribution.lrp.policies import PolicyMapper
-from tdhook_like.attribution.lrp.rule import RuleMapper
+from tdhook_like.attribution.lrp.ledger.recorder import Ledger, Recorder
+from tdhook_like.attribution.lrp.mappers.policies import PolicyMapper
+from tdhook_like.attribution.lrp.rules.rule import RuleMapper
 from tdhook_like.attribution.method import Attribution, GradientMethod, Targets
 from tdhook_like.errors import RuleError, listed
 from tdhook_like.hooks.surrogate import nonzero

@@ -13,9 +13,9 @@ import torch
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
-from tdhook_like.attribution.lrp.functions import FunctionRules
-from tdhook_like.attribution.lrp.ledger import Ledger, Recorder
-from tdhook_like.attribution.lrp.rule import RuleMapper
+from tdhook_like.attribution.lrp.functions.lookup import FunctionRules
+from tdhook_like.attribution.lrp.ledger.recorder import Ledger, Recorder
+from tdhook_like.attribution.lrp.rules.rule import RuleMapper
 from tdhook_like.errors import ContextError, PathError, RuleError, TargetError
 from tdhook_like.keys import as_tuple, key_list, shortest
 from tdhook_like.paths import Selector

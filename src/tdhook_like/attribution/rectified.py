@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from tdhook_like.attribution.lrp.gradient_mappers import DeconvnetMapper, GuidedBackpropMapper
+from tdhook_like.attribution.lrp.mappers.gradients import DeconvnetMapper, GuidedBackpropMapper
 from tdhook_like.attribution.method import GradientMethod
 from tdhook_like.errors import RuleError
 

@@ -10,7 +10,7 @@ import torch
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from tdhook_like.attribution.lrp.accounts import Ledger
+from tdhook_like.attribution.lrp.ledger.accounts import Ledger
 from tdhook_like.errors import InputError
 from tdhook_like.viz.figure import (
     FAINT,
@@ -85,7 +85,7 @@ def ledger_bars(
 
     Example:
         >>> import torch
-        >>> from tdhook_like.attribution.lrp.accounts import Ledger, Row
+        >>> from tdhook_like.attribution.lrp.ledger.accounts import Ledger, Row
         >>> from tdhook_like.viz import ledger_bars
         >>> one = torch.ones(2, 1)
         >>> row = Row("0", "Linear", "EpsilonRule()", one, 0.75 * one, {"bias": 0.25 * one})

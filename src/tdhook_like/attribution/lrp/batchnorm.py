@@ -16,8 +16,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from tdhook_like.attribution.lrp.flow import Flow, Made, Normed
 from tdhook_like.attribution.lrp.modifiers import effective_parameters, with_parameters
-from tdhook_like.attribution.lrp.normalised import batch_norm
-from tdhook_like.attribution.lrp.rule import Inputs, Rule
+from tdhook_like.attribution.lrp.rules.normalised import batch_norm
+from tdhook_like.attribution.lrp.rules.rule import Inputs, Rule
 from tdhook_like.errors import RuleError
 from tdhook_like.hooks.surrogate import constant
 

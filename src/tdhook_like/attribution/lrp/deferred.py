@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from tdhook_like.attribution.lrp.flow import Flow
-from tdhook_like.attribution.lrp.layers import WeightRule
-from tdhook_like.attribution.lrp.rule import Inputs, Rule
+from tdhook_like.attribution.lrp.rules.layers import WeightRule
+from tdhook_like.attribution.lrp.rules.rule import Inputs, Rule
 from tdhook_like.hooks.surrogate import differentiated_again
 
 __all__ = ["deferred"]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdhook_like.attribution.lrp.ledger import Recorder, writes
+from tdhook_like.attribution.lrp.ledger.recorder import Recorder, writes
 from tdhook_like.hooks.functional import Functions
 from tdhook_like.hooks.structure import leaves
 from tdhook_like.hooks.surrogate import unwrapped

@@ -15,11 +15,11 @@ from tdhook_like.attribution.lrp.batchnorm import (
     in_front,
     scale_and_shift,
 )
-from tdhook_like.attribution.lrp.causes import accounted
 from tdhook_like.attribution.lrp.deferred import deferred
 from tdhook_like.attribution.lrp.flow import Flow, Made
-from tdhook_like.attribution.lrp.rule import Inputs, Rule
-from tdhook_like.attribution.lrp.rules import IgnoreRule, PassRule
+from tdhook_like.attribution.lrp.ledger.causes import accounted
+from tdhook_like.attribution.lrp.rules.as_is import IgnoreRule, PassRule
+from tdhook_like.attribution.lrp.rules.rule import Inputs, Rule
 from tdhook_like.errors import RuleError
 from tdhook_like.hooks.installation import Handler
 from tdhook_like.hooks.surrogate import attach, differentiated_again

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tdhook_like.attribution.lrp.rule import is_float
+from tdhook_like.attribution.lrp.rules.rule import is_float
 from tdhook_like.errors import ContextError
 from tdhook_like.hooks.surrogate import has_graph
 

@@ -12,9 +12,9 @@ from torch import nn
 from tdhook_like.attribution.lrp.batchnorm import BatchNormRule
 from tdhook_like.attribution.lrp.flow import Flow
 from tdhook_like.attribution.lrp.handlers import handlers
-from tdhook_like.attribution.lrp.mappers import HOMOGENEOUS, LINEAR_OR_PICKING, ZERO_AT_ZERO
-from tdhook_like.attribution.lrp.rule import Rule, RuleMapper, changes, registered
-from tdhook_like.attribution.lrp.rules import IgnoreRule, PassRule, StopRule
+from tdhook_like.attribution.lrp.mappers.by_type import HOMOGENEOUS, LINEAR_OR_PICKING, ZERO_AT_ZERO
+from tdhook_like.attribution.lrp.rules.as_is import IgnoreRule, PassRule, StopRule
+from tdhook_like.attribution.lrp.rules.rule import Rule, RuleMapper, changes, registered
 from tdhook_like.errors import RuleError, listed
 from tdhook_like.hooks.installation import Before, Handler
 from tdhook_like.paths import Walked, walk

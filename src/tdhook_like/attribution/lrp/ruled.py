@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from tdhook_like.attribution.lrp.flow import Flow
 from tdhook_like.attribution.lrp.following import follow, inside_transforms, left
-from tdhook_like.attribution.lrp.functions import FunctionRules, functions_of
+from tdhook_like.attribution.lrp.functions.lookup import FunctionRules, functions_of
 from tdhook_like.attribution.lrp.handlers import handlers
+from tdhook_like.attribution.lrp.mappers.policies import PolicyMapper
 from tdhook_like.attribution.lrp.once import check_levels, once
 from tdhook_like.attribution.lrp.plan import Planned, RulePlan
-from tdhook_like.attribution.lrp.policies import PolicyMapper
-from tdhook_like.attribution.lrp.rule import RuleMapper, is_float
+from tdhook_like.attribution.lrp.rules.rule import RuleMapper, is_float
 from tdhook_like.errors import (
     ContextError,
     InputError,
