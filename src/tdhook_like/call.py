@@ -238,7 +238,7 @@ class Call:
         reference: TensorDictBase | None = None,
     ) -> tuple[Evaluation, TargetColumns]:
         """A differentiable run at the inputs themselves, under what is installed."""
-        context = self._context
+        context, plan = self._context, self._context.plan
         leaves = self._leaves()
         outputs = self._attempt(run, self._td, self._fed(leaves))
         captured.open = False
@@ -262,7 +262,8 @@ class Call:
             outputs,
             scores,
             captured,
-            stopped=context.plan is not None and context.plan.stops,
+            stopped=plan is not None and plan.stops,
+            reaches_zeros=plan is not None and plan.reaches_zeros,
             twice=self._twice,
             recorder=self._flow.recorder,
             at=tuple(context.at.modules) if context.at is not None else (),

@@ -190,6 +190,7 @@ class Evaluation:
         parts: Scores, ``[*B, n]`` for each named target.
         captured: What flowed out of the chosen submodules.
         stopped: Whether a rule may let nothing pass, so that no gradient is an answer, too.
+        reaches_zeros: Whether a rule may give relevance to what is exactly zero.
         twice: What lets relevance be differentiated again, where that is asked for.
         recorder: What has taken down the rules' inputs and outputs, where a ledger is asked for.
         at: The paths of the submodules that are to be attributed to.
@@ -200,6 +201,7 @@ class Evaluation:
     parts: list[Tensor]
     captured: Captured
     stopped: bool = False
+    reaches_zeros: bool = False
     twice: Twice | None = None
     recorder: Recorder | None = None
     at: tuple[str, ...] = ()

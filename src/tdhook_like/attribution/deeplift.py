@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -114,37 +115,33 @@ class DeepLift(PathMethod):
     ) -> Attribution:
         """The same, the first run being that of another score, of all or one of the elements."""
         tape = Tape(rule_of)
-        with torch.no_grad():
-            parts, outputs = _run(first, tape, dict(zip(score.keys, starts, strict=True)))
-        if first is not score:
-            tape.narrow = score.batch[0]
-        before = _finite(joined(parts), score, "baseline")
-        ends = [(x, b) for x, b in zip(inputs, baselines, strict=True)]
+        start = dict(zip(score.keys, starts, strict=True))
         leaves = {
             key: x.detach().requires_grad_() for key, x in zip(score.keys, inputs, strict=True)
         }
-        there = {path: calls_at(outputs, path) for path in score.at_paths}
-        for path, calls in there.items():
-            for i, value in enumerate(calls):
-                leaves[port(path, i, "add")] = torch.zeros_like(value).requires_grad_()
-        tape.compare()
-        parts, outputs = _run(score, tape, leaves)
+        with score.installed(tape.mode):
+            with torch.no_grad():
+                parts, outputs = tape.mode.watched(first.evaluated, start)
+            before = joined(parts)
+            there = {path: calls_at(outputs, path) for path in score.at_paths}
+            for path, calls in there.items():
+                for i, value in enumerate(calls):
+                    leaves[port(path, i, "add")] = torch.zeros_like(value).requires_grad_()
+            tape.compare(narrow=0 if first is score else score.batch[0])
+            parts, outputs = tape.mode.watched(score.evaluated, leaves)
+        _check_finite(before, score, "baseline")
         found = gradients(parts, list(leaves.values()))
+        after, n = joined(parts).detach(), len(inputs)
+        _check_finite(after, score, "input")
+        ends = list(zip(inputs, baselines, strict=True))
         for path, calls in there.items():
             ends += zip(calls_at(outputs, path), calls, strict=True)
-        changes = [(x - b).detach() for x, b in ends]
-        shares = [[g[i] * change for g in found] for i, change in enumerate(changes)]
-        after, n = _finite(joined(parts).detach(), score, "input"), len(inputs)
+        shares = [_times([g[i] for g in found], x.detach() - b) for i, (x, b) in enumerate(ends)]
         gap, scale = None, None
         if n:
-            dims, change = after.ndim - 1, after - before
-            gap = _total(shares[:n], dims) - change
-            # Large attributions that cancel leave their rounding errors.
-            size = _total([[a.abs() for a in columns] for columns in shares[:n]], dims)
-            rounding = 1e3 * torch.finfo(after.dtype).eps * (size + after.abs() + before.abs())
-            scale = torch.maximum(change.abs(), rounding)
+            gap, scale = _missed(shares[:n], before, after, self.gap_tolerance or math.inf)
         if not self.multiply_by_inputs:
-            shares = [[g[i] for g in found] for i in range(len(changes))]
+            shares = [[g[i] for g in found] for i in range(len(ends))]
         rest = iter(shares[n:])
         modules: dict[str, Sequence[Sequence[Tensor] | Tensor]] = {
             path: [next(rest) for _ in calls] for path, calls in there.items()
@@ -308,37 +305,51 @@ class _Means:
             self.errors.append(mean.error().to(chunks[0].dtype))
 
 
-def _run(score: Score, tape: Tape, values: dict[NestedKey, Tensor]) -> tuple[list[Tensor], Any]:
-    """Scores and outputs of a run that the tape watches, the target's own functions too."""
-    with score.installed(tape.mode):
-        tape.mode.running += 1
-        try:
-            return score.evaluated(values)
-        finally:
-            tape.mode.running -= 1
-
-
-def _finite(scores: Tensor, score: Score, end: str) -> Tensor:
-    if not torch.isfinite(scores).all():
+def _check_finite(scores: Tensor, score: Score, end: str) -> None:
+    # A sum is NaN or Inf if an entry is; if it overflowed, the entries are looked at.
+    if not math.isfinite(scores.sum().item()) and not torch.isfinite(scores).all():
         raise TargetError(
             f"{score.what} is NaN or Inf at the {end}, so there is no change of it to attribute. Take "
             "another baseline, or explain other elements."
         )
-    return scores
 
 
-def _total(columns: Sequence[Sequence[Tensor]], dims: int) -> Tensor:
-    """The sum of all keys' attributions for each element, ``[*E, T]``.
+def _times(multipliers: Sequence[Tensor], change: Tensor) -> list[Tensor]:
+    """Each multiplier times the change, which is overwritten: fresh memory is slow to come by."""
+    *others, last = multipliers
+    return [*(m * change for m in others), change.mul_(last)]
+
+
+def _missed(
+    shares: Sequence[Sequence[Tensor]], before: Tensor, after: Tensor, tolerance: float
+) -> tuple[Tensor, Tensor]:
+    """What attributions miss the score's change by, and the size that this is measured against."""
+    dims, change = after.ndim - 1, after - before
+    gap, size = _total(shares, dims, torch.sum) - change, change.abs()
+    if not (gap.abs() > tolerance * size).any():
+        return gap, size
+    # Large attributions that cancel leave their rounding errors.
+    sizes = _total(shares, dims, _size) + after.abs() + before.abs()
+    return gap, torch.maximum(size, 1e3 * torch.finfo(after.dtype).eps * sizes)
+
+
+def _total(columns: Sequence[Sequence[Tensor]], dims: int, summed: Callable[..., Tensor]) -> Tensor:
+    """Sums over all keys' attributions for each element, ``[*E, T]``.
 
     Args:
         columns: For each key, T tensors.
         dims: How many dimensions elements have.
+        summed: Sums entries, or their sizes, along a dimension.
     """
     sums = []
     for each in zip(*columns, strict=True):
-        parts = [a.flatten(dims).sum(-1) if a.ndim > dims else a for a in each]
+        parts = [summed(a.flatten(dims) if a.ndim > dims else a.unsqueeze(-1), -1) for a in each]
         total = parts[0]
         for part in parts[1:]:
             total = total + part
         sums.append(total)
-    return torch.stack(sums, -1)
+    return sums[0].unsqueeze(-1) if len(sums) == 1 else torch.stack(sums, -1)
+
+
+def _size(a: Tensor, dim: int) -> Tensor:
+    return torch.linalg.vector_norm(a, 1, dim)

@@ -144,6 +144,10 @@ class LRP(GradientMethod):
         """Activation times relevance per unit of activation, zeros standing for a tiny value."""
         return nonzero(value) * gradient
 
+    def combine_nonzero(self, value: Tensor, gradient: Tensor) -> Tensor:
+        """Activation times relevance per unit of activation."""
+        return value * gradient
+
     def weigh(self, parts: Sequence[Tensor]) -> Tensor | None:
         """The start, per unit of the score."""
         start = self.start

@@ -212,6 +212,10 @@ class GradientMethod(Method):
     def combine(self, value: Tensor, gradient: Tensor) -> Tensor:
         """The attribution of ``value``, of its shape."""
 
+    def combine_nonzero(self, value: Tensor, gradient: Tensor) -> Tensor:
+        """The same where nothing can have been given to values that are exactly zero."""
+        return self.combine(value, gradient)
+
     def weigh(self, parts: Sequence[Tensor]) -> Tensor | None:
         """What each score counts at the start of the backward pass, ``[*B, T]``; one if None.
 
@@ -244,9 +248,8 @@ class GradientMethod(Method):
                 twice.relevance = False
         if not self.create_graph:
             values = [value.detach() for value in values]
-        combined = [
-            [self.combine(value, grads[i]) for grads in found] for i, value in enumerate(values)
-        ]
+        combine = self.combine if evaluation.reaches_zeros else self.combine_nonzero
+        combined = [[combine(value, grads[i]) for grads in found] for i, value in enumerate(values)]
         attribution = Attribution(combined[: len(evaluation.leaves)])
         if evaluation.captured.outputs:
             rest = iter(combined[len(evaluation.leaves) :])

@@ -27,6 +27,7 @@ class Mixer:
     def __init__(self, score: Score) -> None:
         self._score = score
         self._held: dict[tuple[str, int], Tensor] = {}
+        self._covered: dict[int, tuple[Tensor, Tensor]] = {}
 
     def mixed(self, i: int, present: Tensor, absent: Tensor) -> Tensor:
         """The i-th input where it is present, ``absent`` elsewhere; valid until the next call.
@@ -44,6 +45,32 @@ class Mixer:
         points = self._room("points", i, (len(present), *x.shape), x)
         # torch.where, at four times its speed on a CPU; exact at weights 0 and 1.
         return torch.lerp(absent, x, weight, out=points)
+
+    def covered(self, i: int, at: Tensor, absent: Tensor, dims: int, *, whole: int = 0) -> Tensor:
+        """The i-th input with some features ``absent``, others in each row; valid until the next call.
+
+        Only these are written, and put back at the next call: few of many as a rule.
+
+        Args:
+            i: Which of the score's inputs.
+            at: The numbers of the features, ``[c, n]``, as if they had one dimension.
+            absent: ``[*E, *F]``.
+            dims: The number of dimensions of ``[*E]``.
+            whole: How many rows in front have no feature absent.
+
+        Returns:
+            ``[whole + c, *E, *F]``.
+        """
+        x, rows = self._score.inputs[i], whole + len(at)
+        held = self._held.get(("rows", i))
+        if held is None or len(held) < rows:
+            held = self._held["rows", i] = x.new_empty(rows, *x.shape).copy_(x)
+        elif i in self._covered:
+            _write(*self._covered[i], x, dims)
+        filled = held[:rows]
+        self._covered[i] = filled[whole:], at
+        _write(filled[whole:], at, absent, dims)
+        return filled
 
     def scores(self, points: Sequence[Tensor]) -> Tensor:
         """Scores ``[c, *E, T]`` at points ``[c, *B, *F]``.
@@ -65,3 +92,12 @@ class Mixer:
         if held is None or held.shape[1:] != tuple(shape[1:]) or len(held) < shape[0]:
             held = self._held[kind, i] = x.new_empty(shape)
         return held[: shape[0]]
+
+
+def _write(rows: Tensor, at: Tensor, values: Tensor, dims: int) -> None:
+    """Writes entries of ``values`` ``[*E, *F]``, at feature numbers ``[c, n]``, into ``[c, *E, *F]``."""
+    elements, features = values.shape[:dims].numel(), values.shape[dims:].numel()
+    picked = values.reshape(elements, features).index_select(1, at.flatten())
+    picked = picked.view(elements, *at.shape).transpose(0, 1)
+    flat = rows.view(len(rows), elements, features)
+    flat.scatter_(2, at.unsqueeze(1).expand_as(picked), picked)

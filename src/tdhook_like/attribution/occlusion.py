@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,9 @@ __all__ = ["Blurred", "Occlusion"]
 
 Extent = int | tuple[int, ...]
 Extents = Extent | Mapping[NestedKey, Extent]
+
+#: How many features' numbers are looked up instead of computed.
+_LARGEST_TABLE = 2**18
 
 
 @dataclass(frozen=True)
@@ -142,13 +146,13 @@ class Occlusion(PerturbationMethod):
         with self.counting(sum(each.count + 1 for each in windows)) as advance:
             for i, each in enumerate(windows):
                 rows = []
-                for start in range(-1, each.count, chunk):
-                    left = each.uncovered(start, min(start + chunk, each.count))
-                    points = [x.expand(len(left), *x.shape) for x in score.inputs]
-                    left = left.reshape(len(left), *[1] * dims, *left.shape[1:])
-                    points[i] = mixer.mixed(i, left, baselines[i])
+                for start in range(-1, each.count, chunk):  # number −1 covers nothing
+                    stop = min(start + chunk, each.count)
+                    at = each.covered(max(start, 0), stop)
+                    points = [x.expand(stop - start, *x.shape) for x in score.inputs]
+                    points[i] = mixer.covered(i, at, baselines[i], dims, whole=int(start < 0))
                     rows.append(mixer.scores(points))
-                    advance(len(left))
+                    advance(stop - start)
                 scores = torch.cat(rows)
                 found.append(each.mean(scores[:1] - scores[1:]))
         return Attribution(self.checked(score, found))
@@ -194,7 +198,7 @@ class Windows:
         features: The shape ``[*F]``.
         sizes: Of the window, in every dimension.
         strides: How far it moves, in every dimension.
-        device: Where masks are made.
+        device: Where they are made.
 
     Attributes:
         count: How many places there are.
@@ -208,29 +212,36 @@ class Windows:
         device: torch.device,
     ) -> None:
         self._features, self._device = features, device
-        self._covers: list[Tensor] = []  # for each dimension of F, [places, length]
+        self._spans: list[Tensor] = []  # for each dimension of F, [places, size]
         for n, size, stride in zip(features, sizes, strides, strict=True):
             places = max(math.ceil((n - size) / stride), 0) + 1 if n else 0
             start = torch.arange(places, device=device).unsqueeze(1) * stride
-            place = torch.arange(n, device=device)
-            self._covers.append((place >= start) & (place < start + size))
-        self.count = math.prod(len(cover) for cover in self._covers)
+            # Cut off at the end, a window has its last feature several times.
+            self._spans.append((start + torch.arange(size, device=device)).clamp(max=max(n - 1, 0)))
+        self.count = math.prod(len(span) for span in self._spans)
+        #: The same of several dimensions at once, as long as that is small; the last ones first.
+        self._tables = [torch.zeros(1, 1, dtype=torch.long, device=device)]
+        step = 1
+        for n, span in zip(reversed(features), reversed(self._spans), strict=True):
+            table = self._tables[-1]
+            if table.numel() * span.numel() <= _LARGEST_TABLE:
+                both = (span * step)[:, None, :, None] + table[None, :, None, :]
+                self._tables[-1] = both.flatten(2).flatten(0, 1)
+            else:
+                self._tables.append(span * step)
+            step *= n
 
-    def uncovered(self, start: int, stop: int) -> Tensor:
-        """What the windows from number ``start`` to ``stop`` leave, to broadcast to ``[…, *F]``.
-
-        Number −1 is for no window, which leaves everything.
-        """
+    def covered(self, start: int, stop: int) -> Tensor:
+        """The features, as numbers, in the windows from ``start`` to ``stop``: ``[windows, n]``."""
+        first = self._tables[0]
+        if len(self._tables) == 1:
+            return first[start:stop]
         number = torch.arange(start, stop, device=self._device)
-        found = (number < 0).reshape(-1, *[1] * len(self._features))
-        for dim in reversed(range(len(self._covers))):
-            cover = self._covers[dim]
-            if len(cover) == 1:
-                continue  # the window spans it whole
-            shape = [len(number), *[1] * len(self._features)]
-            shape[dim + 1] = cover.shape[1]
-            found = found | ~cover[number % len(cover)].reshape(shape)
-            number = number.div(len(cover), rounding_mode="floor")
+        found = first[number % len(first)]
+        for before, table in itertools.pairwise(self._tables):
+            number = number.div(len(before), rounding_mode="floor")
+            here = table[number % len(table)]
+            found = (here.unsqueeze(2) + found.unsqueeze(1)).flatten(1)
         return found
 
     def mean(self, changes: Tensor) -> Tensor:
@@ -240,9 +251,9 @@ class Windows:
             ``[T, *E, *F]``.
         """
         found = changes.movedim(0, -1).movedim(-2, 0).double()
-        found = found.unflatten(-1, [len(cover) for cover in self._covers] or [1])
-        for dim, cover in enumerate(self._covers):
-            weights = cover.double() / cover.sum(0)
-            at = dim - len(self._covers)
-            found = (found.movedim(at, -1) @ weights).movedim(-1, at)
-        return found if self._covers else found.squeeze(-1)
+        found = found.unflatten(-1, [len(span) for span in self._spans] or [1])
+        for dim, (n, span) in enumerate(zip(self._features, self._spans, strict=True)):
+            cover = found.new_zeros(len(span), n).scatter_(1, span, 1.0)
+            at = dim - len(self._spans)
+            found = (found.movedim(at, -1) @ (cover / cover.sum(0))).movedim(-1, at)
+        return found if self._spans else found.squeeze(-1)

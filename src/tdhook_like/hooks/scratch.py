@@ -9,6 +9,8 @@ what the context keeps while it is open.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -66,6 +68,11 @@ class _Loan:
             self._free.setdefault(key, []).append(tensor)
         self._taken.clear()
 
+    def give_back(self) -> None:
+        """Returns what was taken last."""
+        key, tensor = self._taken.pop()
+        self._free.setdefault(key, []).append(tensor)
+
     def take(self, like: Tensor) -> Tensor:
         key = (like.shape, like.stride(), like.dtype)
         kept = self._free.get(key)
@@ -78,6 +85,26 @@ class _Loan:
 
 
 _LOCAL = threading.local()
+
+
+@contextmanager
+def spare(like: Tensor) -> Iterator[Tensor | None]:
+    """As :func:`borrowed`, for the length of a block; the next block may have the same memory.
+
+    >>> x = torch.zeros(2**18)
+    >>> with Scratch().loan():
+    ...     with spare(x) as first:
+    ...         pass
+    ...     with spare(x) as second:
+    ...         print(first is second)
+    True
+    """
+    place = borrowed(like)
+    try:
+        yield place
+    finally:
+        if place is not None:
+            _LOCAL.loan.give_back()
 
 
 def borrowed(like: Tensor) -> Tensor | None:

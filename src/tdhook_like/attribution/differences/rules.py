@@ -117,7 +117,11 @@ class Elementwise(DifferenceRule):
 
 
 class Rectifier(Elementwise):
-    """ReLU: rescaled with fewer operations, as its differences lose no digits."""
+    """ReLU: the share of the way from ``x⁰`` to ``x`` that lies above zero.
+
+    ``Δy / Δx = max(y, y⁰) / |x − x⁰|``, 1 at most: the same as rescaling, with fewer operations, as its
+    differences lose no digits.
+    """
 
     def passed(
         self,
@@ -130,18 +134,17 @@ class Rectifier(Elementwise):
         kwargs: Any,
     ) -> Tensor:
         """The surrogate, from what changes."""
-        y = constant(output)
         # Arithmetic alone, at a third of the time of comparing and choosing. Where nothing changes
-        # the quotient is 0 / 0, and the slope is 1 if the result is above zero.
-        quotient = (y - before).div_(constant(x) - x0).nan_to_num_(nan=2.0)
-        return x * torch.minimum(quotient, (y + before).sign_())
+        # this is ∞, or 0 / 0 at zero: the slopes above and below.
+        share = torch.maximum(constant(output), before).div_((constant(x) - x0).abs_())
+        return x * share.clamp_max_(1.0).nan_to_num_(nan=0.0)
 
 
 class Layer(DifferenceRule):
     """A linear map or a convolution: linear, unless its weights depend on the inputs."""
 
     def call(self, tape: Tape, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        if len(args) > 1 and isinstance(args[1], nn.Parameter):
+        if len(args) > 1 and (type(args[1]) is nn.Parameter or isinstance(args[1], nn.Parameter)):
             return func(*args, **kwargs)
         return _PRODUCT.call(tape, name, func, args, kwargs)
 

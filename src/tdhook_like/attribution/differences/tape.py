@@ -45,9 +45,13 @@ class Tape:
         self._next = 0
         self.mode = _Watching(self, find)
 
-    def compare(self) -> None:
-        """From here on, runs are compared with what was recorded."""
-        self.recording, self._next, self._flow = False, 0, None
+    def compare(self, narrow: int = 0) -> None:
+        """From here on, runs are compared with what was recorded.
+
+        Args:
+            narrow: Of how many batch elements, all alike, only one was; 0 if all were.
+        """
+        self.recording, self.narrow, self._next, self._flow = False, narrow, 0, None
 
     @property
     def flow(self) -> Flow:
@@ -79,10 +83,10 @@ class Tape:
 
     def _like(self, name: str, here: Any, held: Any) -> Any:
         """What was kept, in the shape of what the function is given now."""
-        if not isinstance(held, _Held):
-            return held
-        there = wrapped(held.tensor, held.wrappers) if held.wrappers else held.tensor
-        if not isinstance(here, Tensor) or here.shape == there.shape:
+        there = _again(held)
+        if not (isinstance(there, Tensor) and isinstance(here, Tensor)):
+            return there
+        if here.shape == there.shape:
             return there
         if self.narrow and here.ndim == there.ndim:
             sizes = [(b, a) for a, b in zip(here.shape, there.shape, strict=True) if a != b]
@@ -102,9 +106,9 @@ class Tape:
             return
 
         def saved(item: Any) -> Any:
-            if isinstance(item, _Held) and _storage(item.tensor) == storage:
-                return _Held(item.tensor.clone(), item.wrappers)
-            return item
+            if isinstance(item, _Wrapped) and _storage(item.tensor) == storage:
+                return _Wrapped(item.tensor.clone(), item.wrappers)
+            return item.clone() if isinstance(item, Tensor) and _storage(item) == storage else item
 
         for entry in self._entries:
             entry.given, entry.output = mapped(saved, entry.given), mapped(saved, entry.output)
@@ -133,6 +137,14 @@ class _Watching(Functions):
 
     def close(self) -> None:
         """Nothing: the tape goes on."""
+
+    def watched(self, run: Callable[[Any], Any], values: Any) -> Any:
+        """``run(values)``, of which every function is seen, the target's own too."""
+        self.running += 1
+        try:
+            return run(values)
+        finally:
+            self.running -= 1
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -265,8 +277,8 @@ class _Entry:
         self.name, self.given, self.output = name, given, output
 
 
-class _Held:
-    """A tensor of the first run, without the wrappers of the vmaps that it was seen in."""
+class _Wrapped:
+    """A tensor of the first run, and the wrappers of the vmaps that it was seen in, taken off."""
 
     __slots__ = ("tensor", "wrappers")
 
@@ -278,11 +290,12 @@ def _kept(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     raw, wrappers = above(value)
-    return _Held(raw.detach() if raw.requires_grad else raw, wrappers)
+    raw = raw.detach() if raw.requires_grad else raw
+    return _Wrapped(raw, wrappers) if wrappers else raw
 
 
 def _again(item: Any) -> Any:
-    return wrapped(item.tensor, item.wrappers) if isinstance(item, _Held) else item
+    return wrapped(item.tensor, item.wrappers) if isinstance(item, _Wrapped) else item
 
 
 def _storage(t: Tensor) -> int | None:

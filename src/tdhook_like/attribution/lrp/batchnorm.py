@@ -19,6 +19,8 @@ from tdhook_like.attribution.lrp.modifiers import effective_parameters, with_par
 from tdhook_like.attribution.lrp.rules.normalised import batch_norm
 from tdhook_like.attribution.lrp.rules.rule import Inputs, Rule
 from tdhook_like.errors import RuleError
+from tdhook_like.hooks.arrival import multiplied
+from tdhook_like.hooks.scratch import borrowed
 from tdhook_like.hooks.surrogate import constant
 
 __all__ = ["BatchNormRule", "behind", "foldable", "in_front", "scale_and_shift"]
@@ -110,7 +112,7 @@ def behind(flow: Flow, x: Any, output: Tensor, scale: Tensor, shift: Tensor) -> 
         shift: ``t``, ``[C]``.
 
     Returns:
-        None where no layer with a rule made ``x``.
+        What may be overwritten; None where no layer with a rule made ``x``.
     """
     made = flow.origin(x)
     if not isinstance(made, Made) or made.raw.shape != output.shape:
@@ -119,7 +121,12 @@ def behind(flow: Flow, x: Any, output: Tensor, scale: Tensor, shift: Tensor) -> 
         flow.recorder.merge(x)
     channels = [1] * (output.ndim - 2)
     raw = torch.addcmul(shift.reshape(-1, *channels), made.raw, scale.reshape(-1, *channels))
-    return made.rule.surrogate(merged_layer(made.module, scale, shift), made.inputs, raw)
+    factor = made.rule.factor(made.module, raw)
+    if factor is not None:  # it reads no weights
+        watched = flow.recorder is not None
+        return raw if not watched and multiplied(raw, factor) else raw * factor(raw)
+    found = made.rule.surrogate(merged_layer(made.module, scale, shift), made.inputs, raw)
+    return found if made.rule.fresh else found.clone()
 
 
 def in_front(flow: Flow, module: Any, inputs: Inputs) -> tuple[nn.Module, Inputs] | None:
@@ -145,7 +152,7 @@ def in_front(flow: Flow, module: Any, inputs: Inputs) -> tuple[nn.Module, Inputs
     assert weight is not None
     scale, shift = (_by_input(module, weight, t) for t in (norm.scale, norm.shift))
     moved = (weight * shift).flatten(1).sum(1)
-    parameters["weight"] = weight * scale
+    parameters["weight"] = _product(weight, scale)
     parameters["bias"] = moved if bias is None else bias + moved
     return with_parameters(module, parameters), Inputs((norm.x, *inputs[1:]), inputs.kwargs)
 
@@ -155,9 +162,15 @@ def merged_layer(layer: nn.Module, scale: Tensor, shift: Tensor) -> nn.Module:
     parameters: dict[str, Tensor | None] = dict(effective_parameters(layer))
     weight, bias = parameters["weight"], parameters.get("bias")
     assert weight is not None
-    parameters["weight"] = weight * _by_output(layer, weight, scale)
+    parameters["weight"] = _product(weight, _by_output(layer, weight, scale))
     parameters["bias"] = shift if bias is None else bias * scale + shift
     return with_parameters(layer, parameters)
+
+
+def _product(weight: Tensor, scale: Tensor) -> Tensor:
+    # New memory of a large weight's size would cost more than the product.
+    place = None if weight.requires_grad or scale.requires_grad else borrowed(weight)
+    return weight * scale if place is None else torch.mul(weight, scale, out=place)
 
 
 def _pads_zeros(module: _ConvNd) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tdhook_like.attribution.lrp.flow import Flow
 from tdhook_like.attribution.lrp.rules.layers import WeightRule
 from tdhook_like.attribution.lrp.rules.rule import Inputs, Rule
+from tdhook_like.hooks.arrival import delayed
 from tdhook_like.hooks.surrogate import differentiated_again
 
 __all__ = ["deferred"]
@@ -28,6 +29,9 @@ def deferred(
     At once where somebody watches, where relevance is to be differentiated again, and inside
     function transforms; and for rules that do not run the layer again.
     """
+    factor = rule.factor(module, output) if watch is None else None
+    if factor is not None:
+        return delayed(output, factor)
     flowing = inputs.attributed
     later = isinstance(rule, WeightRule) and watch is None and len(flowing) == 1
     if not later or torch.compiler.is_compiling() or differentiated_again():

@@ -21,6 +21,7 @@ from tdhook_like.attribution.lrp.ledger.causes import accounted
 from tdhook_like.attribution.lrp.rules.as_is import IgnoreRule, PassRule
 from tdhook_like.attribution.lrp.rules.rule import Inputs, Rule
 from tdhook_like.errors import RuleError
+from tdhook_like.hooks.arrival import multiplied
 from tdhook_like.hooks.installation import Handler
 from tdhook_like.hooks.surrogate import attach, differentiated_again
 
@@ -49,6 +50,8 @@ def handlers(
     in_place = in_place and acts
     if isinstance(rule, BatchNormRule) and rule.fold:
         flow.folds = True
+    if recorder is None and acts and not in_place and flow.layers is None and flow.mode is None:
+        return None, _alone(path, rule, flow)
 
     def ahead(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
@@ -93,6 +96,38 @@ def handlers(
     return (ahead if in_place or recorder is not None else None), after
 
 
+def _alone(path: str, rule: Rule, flow: Flow) -> Handler:
+    """The handler behind a module's call where nothing but its rule has a part in it."""
+    reached = flow.reached
+
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        reached.add(path)
+        try:
+            if _makes_its_output(module) and isinstance(output, Tensor):
+                factor = rule.factor(module, output)
+                if factor is not None and multiplied(output, factor):
+                    return None
+            return rule.apply(module, _inputs(flow, args, kwargs), output)
+        except RuleError as error:
+            raise RuleError(f"At {path!r}: {error}") from error
+
+    return after
+
+
+def _makes_its_output(module: nn.Module) -> bool:
+    """Whether what a module gives is a tensor of the call's own, which nobody else holds."""
+    return type(module).forward in _AFFINE and "forward" not in vars(module)
+
+
+_AFFINE = frozenset(
+    kind.forward
+    for kind in (
+        *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+        *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    )
+)
+
+
 class _Shown(Inputs):
     """Inputs of which graphs that are not relevance's count for nothing."""
 
@@ -124,7 +159,7 @@ def _applied(
             if surrogate is not None and isinstance(made, Made):
                 if watch is not None:
                     watch(made.rule, surrogate)
-                return attach(output, surrogate)
+                return attach(output, surrogate, fresh=True)
         merged = in_front(flow, module, inputs)
         if merged is not None:
             return rule.apply(*merged, output, told)

@@ -124,6 +124,12 @@ class RulePlan:
         # What merely stands in a list or a closure need not run: it may be there for its weights.
         self._registered = {id(module) for module in model.modules()}
         self.lines = tuple(_planned(*item, exact=exact) for item in found.values())
+        #: Whether an input that is exactly zero may be given relevance.
+        self.reaches_zeros = (
+            feeds_zeros
+            or self.calls_functions
+            or any(line.acts and line.rule.feeds_zeros for line in self.lines)
+        )
 
     def __str__(self) -> str:
         rows = [("path", "type", "rule", "why")]

@@ -50,7 +50,7 @@ class BatchNormalised(Normalised):
     Source: Hui & Binder 2019, section 3; see :class:`BatchNormRule`.
     """
 
-    fresh = False
+    fresh = True
 
     def __init__(self) -> None:
         super().__init__(batch_norm)

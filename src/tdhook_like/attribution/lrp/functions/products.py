@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from tdhook_like.attribution.lrp.flow import Flow
-from tdhook_like.attribution.lrp.functions.arrival import passed, scaled
+from tdhook_like.hooks.arrival import passed, scaled
 from tdhook_like.attribution.lrp.functions.elementwise import Passed
 from tdhook_like.attribution.lrp.functions.kinship import nearest, record
 from tdhook_like.attribution.lrp.functions.operations import (

@@ -7,6 +7,7 @@ backward, so a rule scales ``z`` by ``y / st(z)``, a factor that carries no grap
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -95,6 +96,12 @@ class EpsilonRule(Rule):
         return mapped(
             lambda y: y * own_ratio(self.epsilon, y, module) if is_float(y) else y, output
         )
+
+    def factor(self, module: nn.Module, output: Tensor) -> Callable[[Tensor], Tensor] | None:
+        if self.zero_params or type(self).surrogate is not EpsilonRule.surrogate:
+            return None
+        refuse_nonfinite(self, module)
+        return lambda y: own_ratio(self.epsilon, y, module)
 
     def _without(self, module: nn.Module, inputs: Inputs, output: Any) -> Any:
         read = read_with_zeros(module, inputs, self.zero_params)

@@ -106,6 +106,18 @@ class Rule:
             "relevance(module, inputs, output, R_out)."
         )
 
+    def factor(self, module: nn.Module, output: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """How to find what the gradient at the output is multiplied by, where that is all there is to do.
+
+        None where the rule needs its surrogate, as it does unless a rule says otherwise. Asked only of
+        layers that return a tensor of their own making.
+
+        Args:
+            module: The module that was called.
+            output: What it returned.
+        """
+        return None
+
     def apply(
         self,
         module: nn.Module,
@@ -121,7 +133,7 @@ class Rule:
             output: What it returned.
             watch: Called with the surrogate, before the output's value takes the place of its own.
         """
-        if not any(is_float(value) for value in leaves(output)):
+        if not is_float(output) and not any(is_float(value) for value in leaves(output)):
             raise RuleError(
                 f"{self!r} cannot look into the {type(output).__name__} that {type(module).__name__} "
                 "returns: it treats tensors, and tuples, lists and dicts of them. Put the rule on the "

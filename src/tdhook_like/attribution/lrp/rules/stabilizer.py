@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from tdhook_like.errors import RuleError
-from tdhook_like.hooks.surrogate import constant, nonzero, quotient, ratio, stabilised, tiny
+from tdhook_like.hooks.scratch import borrowed, spare
+from tdhook_like.hooks.surrogate import (
+    constant,
+    finite,
+    nonzero,
+    quotient,
+    ratio,
+    stabilised,
+    tiny,
+)
 
 __all__ = [
     "ClippedStabilizer",
@@ -168,7 +177,13 @@ def own_ratio(stabilizer: Stabilizing, y: Tensor, module: nn.Module) -> Tensor:
     """
     most = torch.finfo(y.dtype).max
     if not isinstance(stabilizer, Stabilizer):
-        size = constant(y).abs().clamp(tiny(y.dtype), most)
+        y = constant(y)
+        place = None if y.requires_grad else borrowed(y)
+        if place is not None:
+            size = torch.abs(y, out=place).clamp_(tiny(y.dtype), most)
+            with spare(y) as sum_:
+                return finite(size.div_(torch.add(size, stabilizer, out=sum_)))
+        size = y.abs().clamp(tiny(y.dtype), most)
         return quotient(size, size + stabilizer)
     filled = nonzero(y).clamp(-most, most)
     return quotient(filled, stabilizer(filled, sample_dims(module)))

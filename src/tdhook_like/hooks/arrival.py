@@ -8,6 +8,7 @@ compiles, where relevance is differentiated again), the surrogate is made as eve
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from tdhook_like.hooks.surrogate import (
     quotient,
 )
 
-__all__ = ["passed", "scaled", "waits"]
+__all__ = ["delayed", "multiplied", "passed", "scaled", "waits"]
 
 
 def waits(tensor: Tensor) -> bool:
@@ -33,6 +34,55 @@ def waits(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling() or differentiated_again() or not tensor.requires_grad:
         return False
     return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def multiplied(output: Tensor, factor: Callable[[Tensor], Tensor]) -> bool:
+    """Multiplies what arrives at an output by a factor; False where no hook serves.
+
+    Args:
+        output: A tensor that was made for this call alone and that nobody else holds.
+        factor: From the output to the factor, which carries no graph; same shape. Asked for at once,
+            as what comes behind may overwrite the output.
+
+    >>> x = torch.ones(1, requires_grad=True)
+    >>> y = x * 3
+    >>> multiplied(y, lambda y: y.detach() * 2), y.item(), torch.autograd.grad(y, x)[0].item()
+    (True, 3.0, 18.0)
+    """
+    # What overwrites a view gives its base a new graph, in which the view's hooks have no place.
+    if not waits(output) or output.grad_fn is None or output._is_view() or saving_is_watched():
+        return False
+    by = factor(output)
+    output.register_hook(lambda grad: None if grad is None else grad * by)
+    return True
+
+
+def delayed(output: Tensor, factor: Callable[[Tensor], Tensor]) -> Tensor:
+    """A copy of an output at which what arrives is multiplied by a factor, found only if it does.
+
+    Args:
+        output: What a layer gave; its own graph stays as it is.
+        factor: From the output to the factor, which carries no graph; same shape.
+
+    >>> x = torch.ones(1, requires_grad=True)
+    >>> y = delayed(x * 3, lambda y: y.detach() * 2)
+    >>> y.item(), torch.autograd.grad(y, x)[0].item()
+    (3.0, 18.0)
+    """
+    if not waits(output) or saving_is_watched():
+        return attach(output, output * factor(output), fresh=True)
+    found: list[Tensor] = []
+
+    def arrives(grad: Tensor | None) -> Tensor | None:
+        if grad is None:
+            return None
+        if not found:
+            found.append(factor(output))
+        return grad * found[0]
+
+    held = output.clone()
+    held.register_hook(arrives)
+    return held
 
 
 def scaled(output: Tensor, share: float) -> Tensor:
