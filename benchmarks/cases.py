@@ -10,6 +10,7 @@ class Case:
     """One row: a method on a model, and the ratio to the floor that it is to stay under.
 
     ``faster`` names a peer and how many times as fast as that peer the method is to be.
+    ``outputs`` is how many numbers the model gives.
     """
 
     method: str
@@ -18,6 +19,7 @@ class Case:
     limit: float
     targets: int = 1
     faster: tuple[str, float] | None = None
+    outputs: int = 18
 
     def __str__(self) -> str:
         suffix = f" × {self.targets} targets" if self.targets > 1 else ""
@@ -38,11 +40,43 @@ CASES = (
     ),
     *(
         Case("ig", model, batch, 1.0, targets)
-        for model, batch, most in (("mlp", 1, 16), ("mlp", 256, 16), ("nature", 4, 4))
-        for targets in (1, 4, 16)
-        if targets <= most
+        for model, batch, numbers in (
+            ("mlp", 1, (1, 16)),
+            ("mlp", 256, (1, 16)),
+            ("nature", 4, (1,)),
+        )
+        for targets in numbers
     ),
-    Case("ig_each", "mlp", 256, 1.0, 16),
+    # Targets share one forward, so that several are where the peers fall behind.
+    *(
+        Case("ig", model, batch, 1.0, 4, faster=("captum", times), outputs=6)
+        for model, batch, times in (
+            ("mlp", 1, 10.0),
+            ("mlp", 256, 6.0),
+            ("mlp", 4096, 1.5),
+            ("nature", 4, 1.5),
+            ("nature", 32, 1.5),
+            ("vgg", 1, 1.5),
+            ("resnet", 1, 1.5),
+        )
+    ),
+    # Each("logits") explains every output, so that there are as many as targets.
+    Case("ig_each", "mlp", 256, 1.0, 16, outputs=16),
+    *(
+        Case("deeplift", model, batch, float("inf"), faster=("captum", times))
+        for model, batch, times in (
+            ("mlp", 1, 3.0),
+            ("mlp", 256, 3.0),
+            ("nature", 32, 1.8),
+            ("vgg", 4, 1.8),
+        )
+    ),
+    # Evaluations at changed inputs; the floor is as many, stacked, on inputs that are there already.
+    Case("ablation", "mlp", 1, float("inf"), faster=("captum", 9.0)),
+    Case("ablation", "mlp", 256, float("inf")),
+    Case("shapley", "mlp", 1, float("inf"), faster=("captum", 9.0)),
+    Case("occlusion", "nature", 1, 1.2),
+    Case("occlusion", "nature", 4, 1.2),
     Case("lrp", "mlp", 1, 1.5, faster=("zennit", 4.0)),
     Case("lrp", "mlp", 256, 1.5, faster=("zennit", 2.3)),
     Case("lrp", "mlp", 4096, 1.5),

@@ -3,15 +3,20 @@
     python benchmarks/memory.py --only nature vgg
 
 What is counted is what torch allocates during one call, at its highest, beyond what is there already.
+Integrated gradients are compared with captum's, where that is installed: its peak as a multiple of
+ours, both with the same steps and their own defaults otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
 import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import floors
@@ -21,6 +26,9 @@ from timing import Contestant
 
 METHODS = ("saliency", "lrp", "epsilon_plus", "alpha2beta1", "gamma", "attn_lrp")
 LIMIT = 1.5
+IG_STEPS, IG_TIMES = 64, 15
+#: Batches of which a single step fills what is evaluated at once, so that steps are what differs.
+IG_BATCHES = (("mlp", 512), ("mlp", 4096), ("nature", 32))
 
 
 def peak(contestant: Contestant) -> int:
@@ -35,6 +43,31 @@ def peak(contestant: Contestant) -> int:
             held += event.nbytes()
             most = max(most, held)
     return most
+
+
+def integrated(names: Sequence[str]) -> None:
+    """Print the peaks of integrated gradients, beside captum's."""
+    try:
+        from captum import attr
+    except ImportError as error:
+        print(f"left out: captum ({error})")
+        return
+    print(f"\nintegrated gradients, {IG_STEPS} steps")
+    print(f"{'model':8}{'batch':>6}{'ours MB':>10}{'captum MB':>11}{'times':>8}  (≥ {IG_TIMES})")
+    for name, batch in IG_BATCHES:
+        if name not in names:
+            continue
+        net, x = models.build(name, batch, 18)
+        ig = attr.IntegratedGradients(net)
+
+        def theirs(x: Tensor, ig: Any = ig) -> Tensor:
+            return ig.attribute(x, target=0, n_steps=IG_STEPS)
+
+        with ExitStack() as stack:
+            mine = peak(ours.integrated(net, x, IG_STEPS, stack))
+        most = peak(Contestant(theirs, x.clone))
+        row = f"{name:8}{batch:6}{mine / 2**20:10.2f}{most / 2**20:11.2f}"
+        print(f"{row}{most / mine:8.1f}", flush=True)
 
 
 def main() -> None:
@@ -62,6 +95,7 @@ def main() -> None:
                 row += f"{peak(ours.contestant(method, net, x, 1, stack)) / plain:14.2f}"
         print(row, flush=True)
     print(f"limit for LRP: {LIMIT:g}")
+    integrated(options.only)
 
 
 if __name__ == "__main__":

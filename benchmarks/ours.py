@@ -11,8 +11,10 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
-from floors import STEPS
+from floors import ORDERS, STEPS, STRIDE, WINDOW
 from tdhook_like import LRP, InputXGradient, IntegratedGradients, Saliency
+from tdhook_like.attribution.ablation import FeatureAblation
+from tdhook_like.attribution.deeplift import DeepLift
 from tdhook_like.attribution.lrp import (
     CPLRP,
     AlphaBetaRule,
@@ -23,6 +25,8 @@ from tdhook_like.attribution.lrp import (
     Rule,
     RuleMapper,
 )
+from tdhook_like.attribution.occlusion import Occlusion
+from tdhook_like.attribution.shapley import ShapleyValueSampling
 from tdhook_like.targets import Each
 from timing import Contestant
 
@@ -53,6 +57,10 @@ _METHODS: dict[str, Callable[[int], Any]] = {
         {f"action {index}": ("logits", index) for index in range(targets)}, n_steps=STEPS
     ),
     "ig_each": lambda targets: IntegratedGradients(Each("logits"), n_steps=STEPS),
+    "deeplift": lambda targets: DeepLift(FIRST),
+    "ablation": lambda targets: FeatureAblation(FIRST),
+    "shapley": lambda targets: ShapleyValueSampling(FIRST, n_samples=ORDERS),
+    "occlusion": lambda targets: Occlusion(FIRST, window=(WINDOW, WINDOW), stride=(STRIDE, STRIDE)),
     "lrp": lambda targets: LRP(_on_layers(EpsilonRule()), target=FIRST),
     "epsilon_plus": lambda targets: LRP(EpsilonPlus(), target=FIRST),
     "alpha2beta1": lambda targets: LRP(_on_layers(AlphaBetaRule()), target=FIRST),
@@ -89,6 +97,12 @@ def contestant(
         return Contestant(enter, _fresh(x))
     hooked = stack.enter_context(description.prepare(policy))
     return Contestant(policy if method == "plain" else hooked, _fresh(x))
+
+
+def integrated(net: nn.Module, x: Tensor, steps: int, stack: ExitStack) -> Contestant:
+    """Integrated gradients with so many steps."""
+    method = IntegratedGradients(FIRST, n_steps=steps)
+    return Contestant(stack.enter_context(method.prepare(_policy(net))), _fresh(x))
 
 
 def plain_floor(net: nn.Module, x: Tensor) -> Contestant:

@@ -14,7 +14,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
-from floors import STEPS
+from floors import ORDERS, STEPS, STRIDE, WINDOW
 from timing import Contestant
 
 Maker = Callable[[str, nn.Module, Tensor, int, ExitStack], "Contestant | None"]
@@ -72,13 +72,24 @@ def captum(
     def integrated(x: Tensor) -> list[Tensor]:
         return [ig.attribute(x, target=index, n_steps=STEPS) for index in range(targets)]
 
+    def occluded(x: Tensor) -> Tensor:
+        window, stride = (x.shape[1], WINDOW, WINDOW), (x.shape[1], STRIDE, STRIDE)
+        return occlusion.attribute(x, window, stride, target=0)
+
     saliency, product = attr.Saliency(net), attr.InputXGradient(net)
     ig, lrp = attr.IntegratedGradients(net), attr.LRP(net)
+    occlusion, ablation = attr.Occlusion(net), attr.FeatureAblation(net)
+    shapley = attr.ShapleyValueSampling(net)
     call = {
         "saliency": lambda x: saliency.attribute(x, target=0, abs=False),
         "input_x_gradient": lambda x: product.attribute(x, target=0),
         "ig": integrated,
         "lrp": epsilon,
+        # A fresh one each time: every call leaves handles behind that all later ones go through.
+        "deeplift": lambda x: attr.DeepLift(net).attribute(x, target=0),
+        "ablation": lambda x: ablation.attribute(x, target=0),
+        "shapley": lambda x: shapley.attribute(x, target=0, n_samples=ORDERS),
+        "occlusion": occluded,
     }.get(method)
     return None if call is None else Contestant(call, x.clone)
 

@@ -5,8 +5,10 @@
 A ratio is the median over rounds of (time of the method / time of the floor in that round), ± half
 the distance between its quartiles; all contestants take turns within one process. Floors: one
 forward and one backward to the inputs; for integrated gradients one forward of all steps stacked
-and one backward per target; for EpsilonPlus an extra forward; for 500 modules, registering and
-removing one hook on each; for the plain call of a wrapped policy, that of one never wrapped.
+and one backward per target; for EpsilonPlus an extra forward; for DeepLift one of a single baseline; for
+ablation, sampled Shapley values and occlusion the forwards alone, stacked, on inputs that are there;
+for 500 modules, registering and removing one hook on each; for the plain call of a wrapped policy,
+that of one never wrapped.
 """
 
 from __future__ import annotations
@@ -33,8 +35,12 @@ def floor(case: Case, net: nn.Module, x: Tensor) -> Contestant:
         return ours.plain_floor(net, x)
     if case.method.startswith("ig"):
         return Contestant(floors.integrated(net, case.targets), x.clone)
+    if case.method in floors.EVALUATIONS:
+        count = floors.EVALUATIONS[case.method](x)
+        return Contestant(floors.evaluated(net), floors.stacks(x, count))
     special = {
         "epsilon_plus": floors.with_extra_forward,
+        "deeplift": floors.compared,
         "enter": floors.hooking,
         "call": floors.hooked_gradient,
     }
@@ -45,9 +51,7 @@ def measure(
     case: Case, present: dict[str, peers.Maker], rounds: int, budget: float
 ) -> tuple[float, dict[str, Ratio]]:
     """Give the floor's best time in seconds, and every contestant's ratio to it."""
-    # Each("logits") explains every output, so that there are as many as targets.
-    outputs = case.targets if case.method == "ig_each" else 18
-    net, x = models.build(case.model, case.batch, outputs)
+    net, x = models.build(case.model, case.batch, case.outputs)
     method = "ig" if case.method == "ig_each" else case.method
     with ExitStack() as stack:
         contestants = {

@@ -85,8 +85,7 @@ class Call:
         try:
             if isinstance(method, GradientMethod) and self._is_one_run(grads, inference):
                 # The plain call is differentiated itself.
-                light = runner.writes_out_keys and self._context.reads_keys and not self._undeclared
-                light = light and self._flow.recorder is None
+                light = self._is_light and self._flow.recorder is None
                 run, captured = runner.view if light else self._filled(runner.run), Captured()
                 # Rules stay on for the backward pass, in which checkpointed blocks run again.
                 with _gradients(inference), self._ruled(captured, _same):
@@ -95,11 +94,10 @@ class Call:
                     found = self._combined(method, evaluation, targets)
                 own = self._own
             else:
-                private = private_copy(self._td)
-                outputs = self._returned(private, self._attempt(runner.plain, private))
+                outputs = self._plainly()
                 own = self._own
                 with _gradients(inference):
-                    found = self._explained(outputs)
+                    found = self._explained(None if isinstance(outputs, View) else outputs)
             batch = destination.batch_size if own is None else own.batch_size
             made = results(self._context, batch, found)
             result = write_outputs(self._context, self._td, outputs, destination, own)
@@ -108,6 +106,20 @@ class Call:
             undo.all()
             raise
         return result
+
+    def _plainly(self) -> TensorDictBase | View:
+        """The plain call; without a TensorDict of its outputs where nobody would miss one."""
+        context = self._context
+        if self._is_light and context.targets_are_fixed and not context.runner.is_wrapped:
+            return self._attempt(context.runner.view, self._td, {})
+        private = private_copy(self._td)
+        return self._returned(private, self._attempt(context.runner.plain, private))
+
+    @property
+    def _is_light(self) -> bool:
+        """Whether the model just reads its in_keys, and writes its out_keys."""
+        context = self._context
+        return context.runner.writes_out_keys and context.reads_keys and not self._undeclared
 
     def observe(self, destination: TensorDictBase) -> TensorDictBase:
         """The explanation alone: nothing of the model, its buffers or the RNG changes."""

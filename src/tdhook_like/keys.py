@@ -97,6 +97,10 @@ def place(td: TensorDictBase, root: tuple[str, ...], key: NestedKey, value: Tens
     >>> td["attr", "agents"].batch_size
     torch.Size([4, 2])
     """
+    fresh = type(td) is TensorDict and bool(root) and td.get(root[0], None) is None
+    if fresh and type(key) is str and not td._has_names():
+        td.set((*root, key), value)  # as below, in one step
+        return
     path = as_tuple(key)
     source: TensorDictBase | None = td
     holder = td

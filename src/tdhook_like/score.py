@@ -301,23 +301,19 @@ class Score:
         scores: list[Tensor] = []
         for start in range(0, len(nodes), chunk):
             part, weight = nodes[start : start + chunk], weights[start : start + chunk]
-            # Slopes at nodes that do not count may be infinite, and 0 · ∞ is not 0.
-            counted = weight != 0
-            counts = slice(None) if counted.all() else counted
+            counts = _counted(weight)
             points = [point.detach().requires_grad_() for point in path(part)]
             with self._rules():
                 found = self._evaluate(layout, points)
                 weight = weight.to(found[0]).reshape(-1, *[1] * (found[0].ndim - 1))
                 each = gradients(found, points, weight)
-            summed = [
-                torch.stack([g[counts].sum(0) for g in grads]) for grads in zip(*each, strict=True)
-            ]
+            summed = [_summed(grads, counts) for grads in zip(*each, strict=True)]
             scores.append(joined(found).detach())
             total = (
                 summed if total is None else [a.add_(b) for a, b in zip(total, summed, strict=True)]
             )
         assert total is not None
-        return total, torch.cat(scores)
+        return total, scores[0] if len(scores) == 1 else torch.cat(scores)
 
     @property
     def template(self) -> TensorDictBase:
@@ -461,6 +457,20 @@ class Score:
         return LAYOUTS[name]
 
 
+def _counted(weight: Tensor) -> Tensor | slice:
+    """The nodes that count: slopes at others may be infinite, and 0 · ∞ is not 0."""
+    known = weight.tolist()
+    first = next((i for i, w in enumerate(known) if w != 0), len(known))
+    return slice(first, None) if 0.0 not in known[first:] else weight != 0
+
+
+def _summed(grads: Sequence[Tensor], counts: Tensor | slice) -> Tensor:
+    """Gradients ``[k, *B, *features]`` of each target as ``[T, *B, *features]``."""
+    if len(grads) == 1:
+        return grads[0][counts].sum(0, keepdim=True)
+    return torch.stack([g[counts].sum(0) for g in grads])
+
+
 def joined(parts: Sequence[Tensor]) -> Tensor:
     """Scores of all named targets as the columns of one tensor, ``[*batch, T]``."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), -1)
@@ -502,6 +512,9 @@ def gradients(
     Raises:
         TargetError: If the scores depend on none of the inputs in a differentiable way.
     """
+    if len(parts) == 1 and parts[0].shape[-1] == 1 and parts[0].requires_grad:
+        kept = create_graph or retain
+        return [_one_column(parts[0], inputs, weight, kept, create_graph, stopped)]
     total = sum(part.shape[-1] for part in parts)
     if len(parts) == 1 and total > 2 and parts[0].numel() * total <= 2**14 and not create_graph:
         found = _at_once(parts[0], inputs, weight)
@@ -530,6 +543,34 @@ def gradients(
         )
     if not reached and not stopped:
         raise TargetError(_NO_PATH)
+    return found
+
+
+def _one_column(
+    part: Tensor,
+    inputs: Sequence[Tensor],
+    weight: Tensor | None,
+    retain: bool,
+    create_graph: bool,
+    stopped: bool,
+) -> tuple[Tensor, ...]:
+    """The gradients of scores ``[*batch, 1]``."""
+    seed = part.new_ones(()) if weight is None else weight
+    found = torch.autograd.grad(
+        part,
+        inputs,
+        seed.expand_as(part),
+        retain_graph=retain,
+        create_graph=create_graph,
+        allow_unused=True,
+    )
+    missed = [g is None for g in found]
+    if any(missed):
+        if all(missed) and not stopped:
+            raise TargetError(_NO_PATH)
+        return tuple(
+            torch.zeros_like(x) if g is None else g for g, x in zip(found, inputs, strict=True)
+        )
     return found
 
 

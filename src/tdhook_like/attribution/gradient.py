@@ -102,6 +102,8 @@ class LRP(GradientMethod):
     """
 
     rule_mapper: RuleMapper | None = None
+    # What the mapper is to every other method; where an option is replaced, it comes from the mapper.
+    rules: RuleMapper | None = field(default=None, init=False)
     start: Start | Mapping[str, Start] = field(default="value", kw_only=True)
     ledger: bool | float = field(default=False, kw_only=True)
 
@@ -114,6 +116,8 @@ class LRP(GradientMethod):
         ledger: bool | float = False,
         **options: Any,
     ) -> None:
+        if "rules" in options:
+            raise RuleError(f"LRP: its rules are rule_mapper; got rules={options['rules']!r}, too.")
         mapper = PolicyMapper() if rule_mapper is None else rule_mapper
         if not callable(mapper):
             raise RuleError(f"LRP: rule_mapper must be callable (name, module), got {mapper!r}.")
@@ -134,6 +138,12 @@ class LRP(GradientMethod):
         self._settle("start", start)
         self._settle("ledger", ledger)
         GradientMethod.__init__(self, target, rules=mapper, **options)
+
+    def replaced(self, **changes: object) -> LRP:
+        """The same method with some options changed; ``rules`` are its ``rule_mapper``."""
+        if "rules" in changes:
+            changes.setdefault("rule_mapper", changes.pop("rules"))
+        return super().replaced(**changes)  # pyright: ignore[reportReturnType]
 
     @property
     def feeds_zeros(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from math import isfinite
 from typing import ClassVar
 
 import torch
@@ -58,6 +59,16 @@ def quadrature(method: str, n: int) -> tuple[Tensor, Tensor]:
         return steps / (n - 1), weights
     offset = {"riemann_left": 0.0, "riemann_middle": 0.5, "riemann_right": 1.0}[method]
     return (steps + offset) / n, weights
+
+
+_ENDS = torch.tensor([0.0, 1.0], dtype=torch.float64)
+
+
+@lru_cache(maxsize=64, typed=True)
+def _with_ends(method: str, n: int) -> tuple[Tensor, Tensor]:
+    """The nodes behind both ends of the path, which have no weight."""
+    nodes, weights = quadrature(method, n)
+    return torch.cat([_ENDS, nodes]), torch.cat([torch.zeros_like(_ENDS), weights])
 
 
 def _gauss_legendre(n: int) -> tuple[Tensor, Tensor]:
@@ -126,7 +137,6 @@ class IntegratedGradients(PathMethod):
         """Integrates the gradient between the baselines and ``score.inputs``."""
         ways = [x - b for x, b in zip(score.inputs, baselines, strict=True)]
         nodes, weights = quadrature(self.method, self.n_steps)
-        ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
 
         def path(part: Tensor) -> list[Tensor]:
             return [
@@ -137,12 +147,11 @@ class IntegratedGradients(PathMethod):
         if score.chunk() < len(nodes):
             # The ends of the path, for the gap: without a graph where that saves real work, along
             # with the nodes where a call of its own would cost more.
-            scores = score.scores(path(ends))
+            scores = score.scores(path(_ENDS))
             grads, _ = score.path_gradient(path, nodes, weights)
         else:
-            nodes, weights = torch.cat([ends, nodes]), torch.cat([ends.new_zeros(2), weights])
-            grads, scores = score.path_gradient(path, nodes, weights)
-        if not torch.isfinite(scores[:2]).all():
+            grads, scores = score.path_gradient(path, *_with_ends(self.method, self.n_steps))
+        if not isfinite(scores[:2].sum().item()) and not torch.isfinite(scores[:2]).all():
             end = "input" if torch.isfinite(scores[0]).all() else "baseline"
             raise TargetError(
                 f"{score.what} is NaN or Inf at the {end}, so there is no change of it to attribute. "

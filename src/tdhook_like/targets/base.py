@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import EllipsisType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from tensordict import TensorDictBase
@@ -58,7 +58,10 @@ class Reference:
 
 
 class Target(ABC):
-    """Base of all targets. ``a - b`` is a contrast, ``a[i]`` an entry of what is left over."""
+    """Base of all targets. ``a - b`` is a contrast, ``a[i]`` an entry of what is left over.
+
+    There are no sums: which of the two is explained would be left open.
+    """
 
     #: Whether outputs are read by key alone, so that they need not be a TensorDict.
     reads_keys: ClassVar[bool] = True
@@ -81,6 +84,21 @@ class Target(ABC):
 
         return Contrast(as_target(other), self)
 
+    def __add__(self, other: Any) -> NoReturn:
+        _refuse(f"{self!r} + {other!r}")
+
+    def __radd__(self, other: Any) -> NoReturn:
+        _refuse(f"{other!r} + {self!r}")
+
+    def __mul__(self, other: Any) -> NoReturn:
+        _refuse(f"{self!r} * {other!r}")
+
+    def __rmul__(self, other: Any) -> NoReturn:
+        _refuse(f"{other!r} * {self!r}")
+
+    def __neg__(self) -> NoReturn:
+        _refuse(f"-{self!r}")
+
     def __getitem__(self, index: Index | tuple[Index, ...]) -> Target:
         from tdhook_like.targets.composed import Entry
 
@@ -90,6 +108,15 @@ class Target(ABC):
     def reads(self) -> tuple[NestedKey, ...]:
         """The keys that the target is known to read, for checks ahead of any call."""
         return ()
+
+
+def _refuse(written: str) -> NoReturn:
+    """Raises :class:`TargetError`: a sum does not tell which of its parts is explained."""
+    raise TargetError(
+        f"{written}: targets have contrasts, a - b, and neither sums nor multiples. Name them apart, "
+        "{'a': …, 'b': …}; add up attributions, AttributionSum(Saliency(a), Saliency(b), "
+        "weights=[1.0, -2.0]); or give a function of the outputs, lambda td: td['y'][..., 0] + …."
+    )
 
 
 def check_index(target: Target, index: tuple[Index, ...], features: tuple[int, ...]) -> None:

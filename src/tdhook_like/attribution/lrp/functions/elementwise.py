@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from tdhook_like.attribution.lrp.flow import Flow
-from tdhook_like.hooks.arrival import passed
 from tdhook_like.attribution.lrp.functions.kinship import record
 from tdhook_like.attribution.lrp.functions.operations import FOLLOWED, UNHANDLED, FunctionRule
+from tdhook_like.hooks.arrival import passed
 
 __all__ = ["Clamped", "Homogeneous", "Passed", "Power"]
 

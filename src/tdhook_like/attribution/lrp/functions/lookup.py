@@ -15,6 +15,7 @@ from torch.overrides import get_overridable_functions
 
 from tdhook_like.attribution.lrp.flow import Flow
 from tdhook_like.attribution.lrp.functions.operations import (
+    FOLLOWED,
     UNHANDLED,
     Followed,
     FunctionRule,
@@ -29,7 +30,7 @@ __all__ = ["FunctionRules", "functions_of"]
 
 
 class FunctionRules:
-    """The rules of all torch functions, by name.
+    """The rules of all torch functions, by name; :meth:`none` for plain gradients.
 
     Args:
         attention: What attention weights, and every softmax, are: ``"gradient"`` as in AttnLRP, or
@@ -56,12 +57,33 @@ class FunctionRules:
             raise RuleError(f"attention must be 'gradient' or 'constant', got {attention!r}.")
         if gates not in ("half", "signal"):
             raise RuleError(f"gates must be 'half' or 'signal', got {gates!r}.")
-        self.attention, self.gates = attention, gates
+        self.attention, self.gates, self._plain = attention, gates, False
         self.rules = {_known(name): _a_rule(name, rule) for name, rule in (rules or {}).items()}
         self._settle()
 
+    @classmethod
+    def none(cls, rules: Mapping[str, FunctionRule | None] | None = None) -> FunctionRules:
+        """No rules: every function follows its own gradient, and none is reported.
+
+        For rules on modules alone, where what is called beside them shall stay as autograd has it.
+
+        Args:
+            rules: The exceptions, if any; as of the class.
+
+        Raises:
+            RuleError: If one of them is no rule, or torch has no function of that name.
+
+        >>> FunctionRules.none(), FunctionRules().find(torch.tanh), FunctionRules.none().find(torch.tanh)
+        (FunctionRules.none(), ('tanh', Passed()), ('tanh', ))
+        """
+        found = cls(rules=rules)
+        found._plain = True
+        found._settle()
+        return found
+
     def _settle(self) -> None:
-        self._table = table(self.attention == "constant", self.gates == "signal")
+        ruled = {} if self._plain else table(self.attention == "constant", self.gates == "signal")
+        self._table: dict[str, FunctionRule] = ruled
         self._table.update(
             {name: Followed() if rule is None else rule for name, rule in self.rules.items()}
         )
@@ -83,11 +105,19 @@ class FunctionRules:
             name = _spoken(function)
             rule = self._table.get(name)
             if rule is None and name not in TRANSPARENT:
-                rule = _OPENED if _written_in_python(function) else UNHANDLED
+                rule = self._untold(function)
             found = (name, rule)
             if not compiling:  # a trace must not depend on what was asked before
                 self._found[function] = found
         return found
+
+    def _untold(self, function: Any) -> FunctionRule:
+        """The rule of a function that stands in no table."""
+        if self._plain and not self.rules:
+            return FOLLOWED
+        if _written_in_python(function):
+            return _OPENED  # what it is made of may have a rule
+        return FOLLOWED if self._plain else UNHANDLED
 
     def around(self, flow: Flow) -> Callable[[Any], Around | None]:
         """For the length of one call: from a function to what takes its place."""
@@ -112,6 +142,8 @@ class FunctionRules:
         return of
 
     def __repr__(self) -> str:
+        if self._plain:
+            return f"FunctionRules.none({f'rules={self.rules!r}' if self.rules else ''})"
         own = f", rules={self.rules!r}" if self.rules else ""
         return f"FunctionRules(attention={self.attention!r}, gates={self.gates!r}{own})"
 

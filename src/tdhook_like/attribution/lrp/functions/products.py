@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 
 from tdhook_like.attribution.lrp.flow import Flow
-from tdhook_like.hooks.arrival import passed, scaled
 from tdhook_like.attribution.lrp.functions.elementwise import Passed
 from tdhook_like.attribution.lrp.functions.kinship import nearest, record
 from tdhook_like.attribution.lrp.functions.operations import (
@@ -17,6 +16,7 @@ from tdhook_like.attribution.lrp.functions.operations import (
     out_of_place,
     writes,
 )
+from tdhook_like.hooks.arrival import passed, scaled
 from tdhook_like.hooks.structure import mapped
 from tdhook_like.hooks.surrogate import constant
 
