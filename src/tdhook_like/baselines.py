@@ -104,9 +104,9 @@ def resolve(
 
 def _one(spec: Any, td: TensorDictBase, key: NestedKey, x: Tensor, drawn: dict[int, Any]) -> Tensor:
     if spec is None:
-        return torch.zeros_like(x)
+        return x.new_zeros(()).expand_as(x)  # of large inputs, memory would be half of the work
     if isinstance(spec, int | float):
-        return torch.full_like(x, spec)
+        return x.new_full((), spec).expand_as(x)
     if isinstance(spec, FromKey):
         value = td.get(spec.key, None)
         if value is None:

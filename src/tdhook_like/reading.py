@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tdhook_like.errors import InputError, KeyNotFoundError, listed
 from tdhook_like.keys import as_tuple, shortest
+from tdhook_like.runner import View
 
 if TYPE_CHECKING:
     from tdhook_like.context import HookContext
@@ -97,7 +98,9 @@ def declare(outputs: TensorDictBase, inputs: list[Tensor], out_keys: Iterable[Ne
     outputs.batch_size = shapes[0][:dims]  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def same_bits(a: TensorDictBase, b: TensorDictBase, keys: Iterable[NestedKey]) -> bool:
+def same_bits(
+    a: TensorDictBase | View, b: TensorDictBase | View, keys: Iterable[NestedKey]
+) -> bool:
     """Whether two TensorDicts hold the same tensors at ``keys``, bit for bit (NaN equals NaN)."""
     for key in keys:
         one, other = a.get(key, None), b.get(key, None)

@@ -413,7 +413,7 @@ class Score:
         apart = self._layout() is leading or (self._layout() is folded and len(points[0]) == 1)
         if not (apart and self._view is not None and self.reads_all and len(self.batch) == 1):
             return None
-        if self.batch[0] < 2 or not all(torch.equal(p, p[:, :1].expand_as(p)) for p in points):
+        if self.batch[0] < 2 or not all(_alike(point) for point in points):
             return None
         other = copy.copy(self)
         other._template = self._template[0].unsqueeze(0)
@@ -431,11 +431,25 @@ class Score:
         outputs: TensorDictBase | View | None = None
         if self._view is not None and layout is leading:
             outputs = self._view(self._template, dict(zip(keys, points, strict=True)))
+        elif self._view is not None and layout is folded and self.reads_all and self.batch:
+            outputs = self._folded_view(dict(zip(keys, points, strict=True)))
         if outputs is None:
             outputs = layout(self._run, self._template, keys, points)
         scores = self._targets(outputs, outputs.batch_dims)
         own = outputs.batch_dims - len(self.batch) - 1
         return [members_last(joined(scores), own)] if own > 0 else scores, outputs
+
+    def _folded_view(self, values: Mapping[NestedKey, Tensor]) -> View | None:
+        """As the folded layout, without a TensorDict."""
+        assert self._view is not None
+        lead = next(iter(values.values())).shape[:2]
+        found = self._view(self._template, {k: v.flatten(0, 1) for k, v in values.items()})
+        if found is None:
+            return None
+        written: dict[NestedKey, Tensor] = {
+            key: value.unflatten(0, lead) for key, value in found.written.items()
+        }
+        return View(self._template, written, torch.Size([lead[0], *self.batch]))
 
     @property
     def layout(self) -> str:
@@ -469,6 +483,11 @@ def _summed(grads: Sequence[Tensor], counts: Tensor | slice) -> Tensor:
     if len(grads) == 1:
         return grads[0][counts].sum(0, keepdim=True)
     return torch.stack([g[counts].sum(0) for g in grads])
+
+
+def _alike(points: Tensor) -> bool:
+    """Whether all batch elements of ``[k, B, *features]`` are the same."""
+    return points.stride(1) == 0 or torch.equal(points, points[:, :1].expand_as(points))
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

@@ -116,7 +116,7 @@ def results(context: HookContext, batch: torch.Size, found: Written) -> list[Res
             made.append(((method.error_root, *named), key, one(values)))
         for path in context.at.modules if context.at else ():
             calls = [
-                one([found.captured.batch_first(value, path, i, found.dims) for value in values])
+                one(_arranged(found, method.single_pass, path, i, values))
                 for i, values in enumerate(attribution.modules.get(path, []))
             ]
             made += _calls((method.at_root, *named), path, calls, batch)
@@ -169,6 +169,13 @@ def _calls(
     if len(calls) == 1:
         return [(root, name, calls[0])]
     return [((*root, name), str(i), value) for i, value in enumerate(calls)]
+
+
+def _arranged(found: Written, captured: bool, path: str, call: int, values: Any) -> list[Tensor]:
+    """A submodule's attributions, batch first, as methods of many evaluations give them by themselves."""
+    if not captured:
+        return list(values)
+    return [found.captured.batch_first(value, path, call, found.dims) for value in values]
 
 
 def _warn_of_gap(context: HookContext, gap: Tensor, scale: Tensor) -> None:

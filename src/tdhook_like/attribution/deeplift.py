@@ -18,6 +18,7 @@ from tdhook_like.baselines import BaselineSpec, resolve
 from tdhook_like.errors import BaselineError, ContextError, InputError, TargetError, listed
 from tdhook_like.ports import calls_at, port
 from tdhook_like.randomness import OwnDraws
+from tdhook_like.runner import View
 from tdhook_like.score import Score, gradients, joined
 
 __all__ = ["DeepLift", "DeepLiftShap"]
@@ -69,6 +70,7 @@ class DeepLift(PathMethod):
 
     complete: ClassVar[bool] = True
     own_at: ClassVar[bool] = True
+    runs_inputs: ClassVar[bool] = True
     gap_advice: ClassVar[str] = "Functions without a rule take part"
 
     def __post_init__(self) -> None:
@@ -146,7 +148,13 @@ class DeepLift(PathMethod):
         modules: dict[str, Sequence[Sequence[Tensor] | Tensor]] = {
             path: [next(rest) for _ in calls] for path, calls in there.items()
         }
-        return Attribution(shares[:n], modules, gap, scale, unhandled=dict(tape.unhandled))
+        seen = None
+        if isinstance(outputs, View) and len(inputs[0]) == 1:
+            written = {key: value.detach()[0] for key, value in outputs.written.items()}
+            seen = View(score.template, written)
+        return Attribution(
+            shares[:n], modules, gap, scale, unhandled=dict(tape.unhandled), outputs=seen
+        )
 
 
 @dataclass(frozen=True)
@@ -186,6 +194,7 @@ class DeepLiftShap(DeepLift):
     internal_batch_size: int | None = field(default=None, kw_only=True)
 
     sampled: ClassVar[bool] = True
+    runs_inputs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Checks the baselines' numbers."""

@@ -19,6 +19,7 @@ from tdhook_like.attribution.lrp.rules.rule import RuleMapper
 from tdhook_like.errors import ContextError, PathError, RuleError, TargetError
 from tdhook_like.keys import as_tuple, key_list, shortest
 from tdhook_like.paths import Selector
+from tdhook_like.runner import View
 from tdhook_like.score import Evaluation, Score, gradients
 from tdhook_like.targets import TargetSpec, as_targets
 
@@ -51,6 +52,7 @@ class Attribution:
     errors: Sequence[Sequence[Tensor] | Tensor] | None = None
     ledger: Ledger | None = None
     unhandled: Mapping[str, int] = field(default_factory=dict)
+    outputs: View | None = None
 
 
 def by_member(attribution: Attribution, members: Sequence[int], place: int) -> Attribution:
@@ -292,6 +294,8 @@ class PathMethod(Method):
     #: Whether the method itself attributes to submodules. If not, the score is explained anew for each
     #: of them, as a function of what the submodule gives, the model's inputs held as they are.
     own_at: ClassVar[bool] = False
+    #: Whether one of the method's evaluations runs the model at the inputs, and it gives the outputs.
+    runs_inputs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """As for every method; second derivatives are refused."""

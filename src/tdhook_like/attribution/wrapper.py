@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from tensordict.utils import NestedKey
@@ -36,11 +36,14 @@ class Wrapper(PathMethod):
         options: Those of :class:`Method` that shall differ.
 
     Raises:
-        ContextError: If ``method`` cannot be asked at several inputs.
+        ContextError: If ``method`` cannot be asked at several inputs, and the wrapper does so.
     """
 
     method: Method = field(kw_only=True)
     internal_batch_size: int | None = field(default=None, kw_only=True)
+
+    #: Whether the method is asked at other inputs than the explained ones.
+    asks_elsewhere: ClassVar[bool] = True
 
     def wrap(self, method: Method, options: Mapping[str, Any], **own: Any) -> None:
         """Settles all fields: the wrapper's own, what it was told, and the rest as ``method`` has it."""
@@ -58,6 +61,11 @@ class Wrapper(PathMethod):
             raise ContextError(
                 f"{type(self).__name__} cannot wrap {type(method).__name__}, which is made for one "
                 "run at the explained inputs alone."
+            )
+        if self.asks_elsewhere and getattr(method, "only_here", False):
+            raise ContextError(
+                f"{type(self).__name__} asks its method at other inputs than the explained ones, and "
+                f"{type(method).__name__} has attributions of those alone."
             )
         if method.at and getattr(method, "own_at", False):
             raise ContextError(

@@ -27,6 +27,7 @@ from tdhook_like.metrics.agreement import Agreement, permutation_agreement
 from tdhook_like.metrics.curves import Deletion, Insertion, area
 from tdhook_like.metrics.environment import Hiding, Returns, returns_when_hidden
 from tdhook_like.metrics.faithfulness import Completeness, Infidelity, Noise, Removal
+from tdhook_like.metrics.given import Given
 from tdhook_like.metrics.parts import per_channel, per_head, per_token
 from tdhook_like.metrics.randomisation import Randomisation, parameter_randomisation
 from tdhook_like.metrics.ranks import spearman
@@ -37,6 +38,7 @@ __all__ = [
     "Agreement",
     "Completeness",
     "Deletion",
+    "Given",
     "Hiding",
     "Infidelity",
     "Insertion",

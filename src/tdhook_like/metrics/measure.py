@@ -36,6 +36,7 @@ class Measure(Wrapper):
     seed: int = field(default=0, kw_only=True)
 
     complete: ClassVar[bool] = True
+    asks_elsewhere: ClassVar[bool] = False
 
     def settle(self, method: Method, options: Mapping[str, Any], place: str, **own: Any) -> None:
         """Settles all fields; the measure goes to ``place`` unless ``options`` say otherwise."""

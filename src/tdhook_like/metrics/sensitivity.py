@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -55,6 +55,8 @@ class MaxSensitivity(Measure):
     radius: PerKey = field(default=0.02, kw_only=True)
     n_samples: int = field(default=10, kw_only=True)
     relative: bool = field(default=True, kw_only=True)
+
+    asks_elsewhere: ClassVar[bool] = True
 
     def __init__(
         self,
