@@ -18,6 +18,8 @@ from tdhook_like.attribution.lrp.flow import Flow
 from tdhook_like.attribution.lrp.ledger.recorder import Recorder
 from tdhook_like.attribution.method import Attribution, GradientMethod, PathMethod, by_member
 from tdhook_like.baselines import resolve
+from tdhook_like.captured import Captured
+from tdhook_like.columns import TargetColumns, joined, members_last
 from tdhook_like.errors import (
     InputError,
     KeyNotFoundError,
@@ -35,7 +37,7 @@ from tdhook_like.ports import Ports, with_ports
 from tdhook_like.randomness import ForeignDraws, OwnDraws, moved, restore_rng, rng_state
 from tdhook_like.reading import attributed, declare, private_copy, same_bits
 from tdhook_like.runner import Undo, View, direct
-from tdhook_like.score import Captured, Evaluation, Score, TargetColumns, joined, members_last
+from tdhook_like.score import Evaluation, Score
 from tdhook_like.shadow import Itself, Shadow, stand_in
 from tdhook_like.targets import AtStep, Reference
 from tdhook_like.writing import Written, report, results, write, write_outputs

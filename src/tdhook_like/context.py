@@ -18,6 +18,7 @@ from tdhook_like.attribution.lrp.plan import RulePlan
 from tdhook_like.attribution.lrp.rules.rule import changes
 from tdhook_like.baselines import check as check_baselines
 from tdhook_like.call import Call
+from tdhook_like.columns import TargetColumns
 from tdhook_like.defaults import default_target, recurrent_modules
 from tdhook_like.errors import ContextError, KeyNotFoundError, ModelError, TargetError, listed
 from tdhook_like.hooks.scratch import Scratch
@@ -25,7 +26,6 @@ from tdhook_like.keys import as_tuple, check_known, key_list, shortest
 from tdhook_like.paths import Selection, select, unwrapped, walk
 from tdhook_like.ports import is_port
 from tdhook_like.runner import Runner
-from tdhook_like.score import TargetColumns
 from tdhook_like.shadow import is_scripted
 from tdhook_like.targets import Output, Target, as_targets
 

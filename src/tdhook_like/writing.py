@@ -13,10 +13,10 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from tdhook_like.attribution.method import Attribution
+from tdhook_like.captured import Captured
 from tdhook_like.errors import InputError, RuleError, UnhandledOperationWarning, without_a_rule
 from tdhook_like.keys import as_tuple, place
 from tdhook_like.runner import View
-from tdhook_like.score import Captured
 from tdhook_like.targets import Each
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from tdhook_like.score import Score, joined
+from tdhook_like.columns import joined
+from tdhook_like.score import Score
 
 __all__ = ["ascended", "beside", "one_each", "own_column", "scores_at"]
 

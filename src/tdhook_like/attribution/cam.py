@@ -16,9 +16,10 @@ from tdhook_like.attribution.lrp.mappers.gradients import RectifierFunctions
 from tdhook_like.attribution.lrp.rules.rectifiers import GuidedReLURule
 from tdhook_like.attribution.method import Attribution, GradientMethod, Method, PathMethod
 from tdhook_like.errors import ContextError, InputError, PathError, listed
+from tdhook_like.gradients import gradients
 from tdhook_like.hooks.functional import Functions
 from tdhook_like.ports import calls_at, port
-from tdhook_like.score import Evaluation, Score, gradients
+from tdhook_like.score import Evaluation, Score
 
 if TYPE_CHECKING:
     from tdhook_like.context import HookContext

@@ -15,11 +15,13 @@ from tdhook_like.attribution.differences import Tape, rule_of
 from tdhook_like.attribution.method import Attribution, PathMethod
 from tdhook_like.attribution.perturbation import Mean, whole_number
 from tdhook_like.baselines import BaselineSpec, resolve
+from tdhook_like.columns import joined
 from tdhook_like.errors import BaselineError, ContextError, InputError, TargetError, listed
+from tdhook_like.gradients import gradients
 from tdhook_like.ports import calls_at, port
 from tdhook_like.randomness import OwnDraws
 from tdhook_like.runner import View
-from tdhook_like.score import Score, gradients, joined
+from tdhook_like.score import Score
 
 __all__ = ["DeepLift", "DeepLiftShap"]
 

@@ -13,9 +13,10 @@ from tdhook_like.attribution.lrp.ledger.recorder import Ledger, Recorder
 from tdhook_like.attribution.lrp.mappers.policies import PolicyMapper
 from tdhook_like.attribution.lrp.rules.rule import RuleMapper
 from tdhook_like.attribution.method import Attribution, GradientMethod, Targets
+from tdhook_like.columns import joined
 from tdhook_like.errors import RuleError, listed
 from tdhook_like.hooks.surrogate import nonzero
-from tdhook_like.score import Evaluation, joined
+from tdhook_like.score import Evaluation
 
 __all__ = ["LRP", "InputXGradient", "Saliency"]
 

@@ -23,9 +23,11 @@ from tdhook_like.attribution.method import Attribution, PathMethod
 from tdhook_like.attribution.path import quadrature
 from tdhook_like.attribution.perturbation import whole_number
 from tdhook_like.baselines import BaselineSpec
+from tdhook_like.columns import joined
 from tdhook_like.errors import InputError, TargetError
+from tdhook_like.gradients import gradients
 from tdhook_like.ports import calls_at, port
-from tdhook_like.score import Score, gradients, joined
+from tdhook_like.score import Score
 
 __all__ = ["Conductance", "InternalInfluence"]
 

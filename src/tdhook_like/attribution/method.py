@@ -17,10 +17,11 @@ from tdhook_like.attribution.lrp.functions.lookup import FunctionRules
 from tdhook_like.attribution.lrp.ledger.recorder import Ledger, Recorder
 from tdhook_like.attribution.lrp.rules.rule import RuleMapper
 from tdhook_like.errors import ContextError, PathError, RuleError, TargetError
+from tdhook_like.gradients import gradients
 from tdhook_like.keys import as_tuple, key_list, shortest
 from tdhook_like.paths import Selector
 from tdhook_like.runner import View
-from tdhook_like.score import Evaluation, Score, gradients
+from tdhook_like.score import Evaluation, Score
 from tdhook_like.targets import TargetSpec, as_targets
 
 if TYPE_CHECKING:

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from tdhook_like.attribution.method import Attribution, GradientMethod, Method, PathMethod
 from tdhook_like.baselines import BaselineSpec, resolve
+from tdhook_like.columns import joined
 from tdhook_like.errors import ContextError, TargetError
 from tdhook_like.keys import check_known
 from tdhook_like.randomness import ForeignDraws, OwnDraws
-from tdhook_like.score import Score, joined
+from tdhook_like.score import Score
 
 if TYPE_CHECKING:
     from tdhook_like.context import HookContext

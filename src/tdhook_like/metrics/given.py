@@ -104,9 +104,10 @@ class Given(PathMethod):
         """The attributions of a key for one named target, ``[n, *B, *F]``."""
         place = (*(() if name is None else (name,)), *as_tuple(key))
         values = self._at(score, place)
-        dims = len(score.batch)
-        fits = values.ndim == x.ndim + several and values.shape[:dims] == x.shape[:dims]
-        if not fits or values.shape[dims + several :] != x.shape[dims:]:
+        dims, extra = len(score.batch), values.ndim - x.ndim
+        # An ensemble's members are dimensions of their own, ahead of the targets'.
+        fits = extra == several or (name is None and extra > several)
+        if not fits or values.shape[:dims] + values.shape[dims + extra :] != x.shape:
             each = " with a dimension of targets behind the batch dimensions" if several else ""
             raise InputError(
                 f"Given: the attributions at {shortest(place)!r} have shape {tuple(values.shape)}, where "
@@ -116,7 +117,7 @@ class Given(PathMethod):
         if not torch.isfinite(values).all():
             raise InputError(f"Given: the attributions at {shortest(place)!r} hold NaN or Inf.")
         values = values.detach().to(x)
-        return values.movedim(dims, 0) if several else values.unsqueeze(0)
+        return values.flatten(dims, dims + extra - 1).movedim(dims, 0) if extra else values[None]
 
     def _at(self, score: Score, place: tuple[str, ...]) -> Tensor:
         if isinstance(self.attributions, dict):
