@@ -7,7 +7,7 @@ from math import isfinite
 from typing import TYPE_CHECKING
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDictBase, is_tensor_collection
 from tensordict.utils import NestedKey
 from torch import Tensor
 
@@ -59,6 +59,13 @@ def attributed(context: HookContext, td: TensorDictBase) -> dict[NestedKey, Tens
         )
     if context.at is not None:
         return found
+    nested = [key for key in context.in_keys if is_tensor_collection(td.get(key, None))]
+    if nested:
+        inside = [(*as_tuple(k), *as_tuple(n)) for k in nested for n in td.get(k).keys(True, True)]
+        raise InputError(
+            f"{listed(nested)} is a TensorDict, which is not attributed as a whole. Let the model's "
+            f"in_keys name its entries: {listed(inside)}."
+        )
     raise InputError(
         f"None of {listed(context.in_keys)} is a floating-point tensor: nothing can be attributed. "
         "Attribute what the model embeds them to, with at=."

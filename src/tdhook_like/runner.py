@@ -193,19 +193,28 @@ def _watched() -> bool:
 
 def _written(model: Any, td: TensorDictBase, found: Any) -> TensorDictBase:
     """Several outputs, or rarer kinds of them, written by TensorDictModule's own forward."""
-    given = len(found) if isinstance(found, tuple) else 1
-    if isinstance(found, Tensor | tuple) and given != len(model.out_keys):
+    count = len(found) if isinstance(found, tuple) else 1
+    if isinstance(found, Tensor | tuple) and count != len(model.out_keys):
         raise KeyNotFoundError(
-            f"{type(model.module).__name__} gives {given} outputs, but its out_keys are "
+            f"{type(model.module).__name__} gives {count} outputs, but its out_keys are "
             f"{listed(model.out_keys)}: name one key for each output."
         )
 
+    given = tuple(_named(value) for value in found) if isinstance(found, tuple) else found
+
     class Given(nn.Module):
         def forward(self, *args: Any) -> Any:
-            return found
+            return given
 
     writer = TensorDictModule(Given(), in_keys=list(model.in_keys), out_keys=list(model.out_keys))
     return writer(td)
+
+
+def _named(value: Any) -> Any:
+    """A tuple within a tuple of outputs as TensorDict takes it, which does so without its graph."""
+    if type(value) is tuple and all(isinstance(item, Tensor) for item in value):
+        return {str(i): item for i, item in enumerate(value)}
+    return value
 
 
 class Undo:
