@@ -70,8 +70,8 @@ def total(values: list[Dual]) -> Dual:
 
 
 def softmax_by_hand(z: list[Dual], which: int) -> Dual:
-    e = [v.map(math.exp) for v in z]
-    return e[which] * total(e).map(lambda s: 1 / s)
+    log = total([v.map(math.exp) for v in z]).map(math.log)
+    return (z[which] + log * -1.0).map(math.exp)
 
 
 def norm_by_hand(z: list[Dual], which: int, eps: float = 1e-5, centre: bool = True) -> Dual:
@@ -181,3 +181,26 @@ def test_max_pooling_over_two_dimensions_is_that_of_each_window_by_hand():
                     y, y0 = x[(b, c, *p)], base[(c, *q)]
                     expected[(b, c, *(p if y >= y0 else q))] += weight[c, i, j] * (y - y0)
     torch.testing.assert_close(td["attr", "x"], expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("apart", [1.0, 20.0, 40.0, 200.0])
+@pytest.mark.parametrize(
+    "function", [F.softmax, F.log_softmax, F.softmin], ids=lambda function: function.__name__
+)
+def test_sums_of_exponentials_that_are_orders_of_magnitude_apart_keep_the_difference(
+    function, apart
+):
+    class Weighed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (function(x, -1) * torch.tensor([1.0, 2.0, 3.0])).sum(-1, keepdim=True)
+
+    x, x0 = torch.tensor([[1.0, 2.0, 0.5]]), torch.tensor([apart, 0.0, 0.3])
+    found = []
+    for shift in (0.0, 3.0):  # no constant that all logits are shifted by has a part in it
+        method = DeepLift("y", baselines=x0 + shift)
+        with method.prepare(Weighed(), ["x"], ["y"]) as hooked:
+            found.append(hooked(TensorDict({"x": x + shift}, [1]))["attr", "x"])
+    change = (Weighed()(x) - Weighed()(x0))[:, 0]
+    torch.testing.assert_close(found[0].sum(-1), change, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+    assert found[0].abs().max() < 3 * max(apart, 1.0)

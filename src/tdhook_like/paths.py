@@ -62,13 +62,12 @@ def unwrapped(module: nn.Module) -> nn.Module:
     >>> unwrapped(nn.DataParallel(net)) is net
     True
     """
-    while True:
-        if isinstance(module, OptimizedModule):
-            module = module._orig_mod
-        elif isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            module = module.module
-        else:
-            return module
+    while isinstance(module, _WRAPPERS):
+        module = module._orig_mod if isinstance(module, OptimizedModule) else module.module
+    return module
+
+
+_WRAPPERS = (OptimizedModule, nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 def children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdhook_like.attribution.differences.pairs import Pair
+from tdhook_like.attribution.differences.pairs import Pair, rescaled
 from tdhook_like.attribution.differences.rules import Given, Product, argument, unhandled
 from tdhook_like.attribution.differences.tape import DifferenceRule, Tape
 from tdhook_like.hooks.surrogate import attach, constant
@@ -46,21 +46,23 @@ class Composed(DifferenceRule):
         return found.x
 
 
-def exponentials(z: Pair, dim: Any) -> tuple[Pair, Tensor]:
-    """``exp(z − c)`` with one constant c for both runs, the largest of both; and c."""
+def exponentials(z: Pair, dim: Any) -> Pair:
+    """``exp(z − c)`` with one constant c for both runs, the largest of both."""
     top = torch.maximum(constant(z.x), z.x0).amax(dim, keepdim=True)
     top = top.masked_fill(top.isinf(), 0.0)
-    return Pair(z.x - top, z.x0 - top).map(torch.exp), top
+    return Pair(z.x - top, z.x0 - top).map(torch.exp)
 
 
 def softmax(
     z: Pair, dim: int | None = None, *rest: Any, dtype: Any = None, **more: Any
 ) -> Pair | None:
-    """``e · (1 / Σ e)`` with ``e = exp(z)``; which constant z is shifted by makes no difference."""
-    if dim is None or any(isinstance(v, torch.dtype) for v in rest) or dtype is not None:
-        return None
-    e, _ = exponentials(z, dim)
-    return e * e.linear(lambda t: t.sum(dim, keepdim=True)).map(torch.reciprocal, scale=0.0)
+    """``exp(z − logsumexp(z))``.
+
+    As a quotient ``e · (1 / Σ e)``, what is shared would depend on the constant that z is shifted by,
+    and its two parts would cancel once the sums of both runs are orders of magnitude apart.
+    """
+    log = log_softmax(z, dim, *rest, dtype=dtype)
+    return None if log is None else log.map(torch.exp)
 
 
 def softmin(
@@ -71,13 +73,15 @@ def softmin(
 
 
 def logsumexp(z: Pair, dim: Any = None, keepdim: bool = False) -> Pair | None:
-    """``c + log Σ exp(z − c)``."""
+    """``c + log Σ exp(z − c)``; of a sum that vanishes beside the other run's, too."""
     if dim is None:
         return None
-    e, top = exponentials(z, dim)
-    log = e.linear(lambda t: t.sum(dim, keepdim=True)).map(torch.log, scale=0.0)
+    e = exponentials(z, dim)
+    total = e.linear(lambda t: t.sum(dim, keepdim=True))
+    here, there = (torch.logsumexp(t, dim, keepdim=True) for t in (constant(z.x), z.x0))
+    shared = rescaled(total.x, total.x0, here - there, torch.log, 0.0)
     shape = z.x.sum(dim, keepdim=keepdim).shape
-    return log.linear(lambda t: (t + top).reshape(shape))
+    return Pair(attach(here, shared, fresh=True), there).linear(lambda t: t.reshape(shape))
 
 
 def log_softmax(

@@ -121,8 +121,7 @@ class RulePlan:
         #: Whether a rule may let nothing pass.
         self.stops = any(isinstance(rule, StopRule) for _, _, rule, _ in found.values())
         exact = feeds_zeros or _feeds_zeros(every, {key: line[2] for key, line in found.items()})
-        # What merely stands in a list or a closure need not run: it may be there for its weights.
-        self._registered = {id(module) for module in model.modules()}
+        self._model = model
         self.lines = tuple(_planned(*item, exact=exact) for item in found.values())
         #: Whether an input that is exactly zero may be given relevance.
         self.reaches_zeros = (
@@ -184,11 +183,12 @@ class RulePlan:
         missed = [
             line
             for line in self.lines
-            if line.acts
-            and not line.exact_only
-            and line.path not in reached
-            and id(line.module) in self._registered
+            if line.acts and not line.exact_only and line.path not in reached
         ]
+        if missed:
+            # What merely stands in a list or a closure need not run: it may be there for its weights.
+            registered = {id(module) for module in self._model.modules()}
+            missed = [line for line in missed if id(line.module) in registered]
         if missed:
             raise RuleError(
                 f"The rules of {listed(line.path for line in missed)} were never reached: the forward "
