@@ -203,4 +203,4 @@ def test_sums_of_exponentials_that_are_orders_of_magnitude_apart_keep_the_differ
     change = (Weighed()(x) - Weighed()(x0))[:, 0]
     torch.testing.assert_close(found[0].sum(-1), change, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
-    assert found[0].abs().max() < 3 * max(apart, 1.0)
+    assert found[0].abs().max() < 6 * max(apart, 1.0)
