@@ -1,4 +1,4 @@
-"""Perturbation methods a second time: one element, one group, one evaluation after another.
+"""Methods a second time: one element, one group, one evaluation after another.
 
 Slow and plain, in float64, from the papers' formulas; nothing of the library is called. A *game* is a
 function from the set of groups that are present to a number.
@@ -178,3 +178,19 @@ def permutation(
             point = torch.where(ids == g, x[list(order)], x)
             found[g] += (net(x) - net(point))[:, output]
     return found / len(orders)
+
+
+# --- paths ------------------------------------------------------------------------------------------
+
+
+def integrated(
+    net: Any, x: list[Tensor], b: list[Tensor], output: int, n: int = 400
+) -> list[Tensor]:
+    """Integrated gradients by a midpoint sum, one point after another."""
+    total = [torch.zeros_like(t) for t in x]
+    for i in range(n):
+        t = (i + 0.5) / n
+        point = [(u + t * (v - u)).requires_grad_() for u, v in zip(b, x, strict=True)]
+        grads = torch.autograd.grad(net(*point)[..., output].sum(), point)
+        total = [s + g / n for s, g in zip(total, grads, strict=True)]
+    return [s * (v - u) for s, u, v in zip(total, b, x, strict=True)]

@@ -16,7 +16,7 @@ from explaining import BATCHES
 from explaining import explained as attacked
 from method_references import DOUBLE, Formula, Joined
 from pristine import assert_same, snapshot, td_snapshot
-from tdhook_like import AtStep, Each, Taken
+from tdhook_like import AtStep, Each, InputError, Taken
 from tdhook_like.robustness import FGSM, PGD, GaussianNoise, Lead, MinParamPerturbation, perturbed
 
 NORMS = ["linf", "l2"]
@@ -122,6 +122,25 @@ def test_more_starts_are_never_worse():
     assert (many["adversarial_score"] < one["adversarial_score"] - 0.1).any()
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_random_starts_are_spread_evenly_over_the_ball(norm):
+    net, x = Formula(lambda x: 0 * x.sum(-1)), torch.zeros(20000, 3, dtype=DOUBLE)
+    attack = PGD("y", epsilon=2.0, norm=norm, random_start=True, n_steps=1)
+    start = attacked(attack, net, (20000,), x=x)["adversarial", "x"]  # no slope moves it on
+    size = start.abs().amax(-1) if norm == "linf" else start.norm(dim=-1)
+    assert size.max() <= 2.0 and start.mean(0).abs().max() < 0.05
+    # A ball of half the size holds an eighth of the volume.
+    assert (size < 1.0).double().mean() == pytest.approx(1 / 8, abs=0.01)
+
+
+def test_a_random_start_leaves_a_point_without_a_slope():
+    net, x = Formula(lambda x: x.square().sum(-1)), torch.zeros(4, 1, dtype=DOUBLE)
+    attack = PGD("y", epsilon=1.0, goal="raise")
+    assert not attacked(attack, net, (4,), x=x)["adversarial", "x"].any()
+    td = attacked(attack.replaced(random_start=True), net, (4,), x=x)
+    torch.testing.assert_close(td["adversarial", "x"].abs(), torch.ones(4, 1, dtype=DOUBLE))
+
+
 # --- keys -------------------------------------------------------------------------------------------
 
 
@@ -165,6 +184,13 @@ def test_a_size_may_differ_between_features_and_elements():
     torch.testing.assert_close(td["adversarial", "x"], expected)
 
 
+def test_keys_without_features_have_sizes_by_element_in_any_norm():
+    x, size = torch.zeros(3, dtype=DOUBLE), torch.tensor([0.1, 0.2, 0.3], dtype=DOUBLE)
+    for norm in NORMS:
+        td = attacked(FGSM("y", epsilon=size, norm=norm), Formula(lambda x: 2 * x), (3,), x=x)
+        torch.testing.assert_close(td["adversarial", "x"], -size)
+
+
 def test_named_targets_have_inputs_of_their_own():
     net, x = Joined([3], 2).double(), torch.randn(4, 3, dtype=DOUBLE)
     td = attacked(PGD({"a": ("y", 0), "b": ("y", 1)}, n_steps=5), net, (4,), x=x)
@@ -200,6 +226,24 @@ def test_a_loss_is_raised_and_a_wanted_action_is_too():
     assert (td["adversarial", "x"].argmax(-1) == 2).all() and not (x.argmax(-1) == 2).all()
 
 
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_chunks_of_any_size_attack_each_target_for_itself(rows):
+    net, x = nn.Linear(4, 3).double(), torch.randn(2, 4, dtype=DOUBLE)
+    attack = FGSM(Each("y"), epsilon=0.1, goal="raise", internal_batch_size=rows)
+    td = attacked(attack, net, (2,), x=x)
+    best = x.unsqueeze(1) + 0.1 * net.weight.detach().sign()
+    torch.testing.assert_close(td["adversarial", "x"], best)
+    reached = torch.einsum("btf,tf->bt", best, net.weight) + net.bias
+    torch.testing.assert_close(td["adversarial_score"], reached.detach())
+
+
+def test_a_point_that_is_no_better_does_not_stand_in_for_the_input():
+    net, x = Formula(lambda x: x.square().sum(-1)), torch.full((2, 1), 0.25, dtype=DOUBLE)
+    attack = PGD("y", epsilon=1.0, n_steps=1, step_size=0.5)  # to −0.25, which is as low
+    td = attacked(attack, net, (2,), x=x)
+    assert torch.equal(td["adversarial", "x"], x)
+
+
 # --- bounds -----------------------------------------------------------------------------------------
 
 
@@ -222,6 +266,16 @@ def test_bounds_come_from_torchrls_specs():
         assert (td["adversarial", "agents", "obs"] == 2).all()
         for key in ("free", "other"):
             torch.testing.assert_close(td["adversarial", key], td[key] + 9)
+
+
+def test_bounds_that_differ_between_environments_hold_for_each_of_them():
+    low = torch.tensor([[0.0], [-1.0], [-2.0]])
+    spec = Composite(x=Bounded(low, torch.ones(3, 1)), shape=(3,))
+    net, x = Formula(lambda x: x.sum(-1)), torch.full((3, 1), 0.5)
+    td = attacked(FGSM("y", epsilon=9.0, bounds=spec), net, (3,), x=x)
+    assert torch.equal(td["adversarial", "x"], low)
+    with pytest.raises(InputError, match="does not broadcast"):
+        attacked(FGSM("y", epsilon=9.0, bounds=spec), net, (7,), x=torch.full((7, 1), 0.5))
 
 
 def test_a_bound_of_one_side_and_bounds_of_one_key():
@@ -273,9 +327,19 @@ def test_a_trajectory_is_attacked_as_a_whole():
         hooked.observe(td)
     length = (td["adversarial", "x"] - td["x"]).flatten(1).norm(dim=-1)
     assert (length <= 0.2 + 1e-9).all() and (length > 0.1).all()
-    with set_recurrent_mode(True), MinParamPerturbation(attack).prepare(gru) as hooked:
+    with set_recurrent_mode(True):
+        before, after = (
+            gru(td.exclude("y").set("x", x))["y"][:, -1, 1].detach()
+            for x in (td["x"], td["adversarial", "x"])
+        )
+    assert (after < before - 1e-3).all()
+    torch.testing.assert_close(td["adversarial_score"], after.unsqueeze(1).expand(2, 5))
+    # Half of what the attack reaches at full size takes less than the whole, and more than nothing.
+    middle = MinParamPerturbation(attack, threshold=((before + after) / 2)[0].item())
+    with set_recurrent_mode(True), middle.prepare(gru) as hooked:
         hooked.observe(td)
-    assert td["smallest_change", "x"].shape == (2, 5)
+    size = td["smallest_change", "x"]
+    assert torch.equal(size, size[:, :1].expand(2, 5)) and 0 < size[0, 0] < 0.2
 
 
 def test_members_of_an_ensemble_are_attacked_apart():

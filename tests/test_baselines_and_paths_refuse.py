@@ -45,6 +45,11 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
         BaselineError,
         "Flatten it",
     ),
+    "no batch dimension": (
+        lambda: ExpectedGradients("y", baselines=TensorDict({"x": ROWS}, [])),
+        BaselineError,
+        "Flatten it",
+    ),
     "no samples": (
         lambda: ExpectedGradients("y", baselines=ROWS, n_samples=0),
         InputError,
@@ -120,6 +125,16 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
             nn.Linear(2, 1),
             (2,),
             x=ROWS,
+        ),
+        InputError,
+        "does not end at the input",
+    ),
+    "a path that ends nearby": (
+        lambda: explained(
+            PathIntegratedGradients("y", path=lambda t, x: t.reshape(-1, 1, 1) * (x + 1e-7)),
+            nn.Linear(2, 1).double(),
+            (2,),
+            x=ROWS.double() + 1,
         ),
         InputError,
         "does not end at the input",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pristine import assert_same, snapshot
 from tdhook_like import ContextError, Each, InputError, PathError, Saliency
-from tdhook_like.attribution.cam import GradCAM, GuidedGradCAM
+from tdhook_like.attribution.cam import GradCAM, GuidedGradCAM, resized
 from tdhook_like.attribution.rectified import GuidedBackprop
 
 CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -147,6 +147,13 @@ def test_guided_grad_cam_is_guided_backprop_times_the_plain_map():
             wide = F.interpolate(small[:, None], (9, 9), mode="bilinear", align_corners=False)
             torch.testing.assert_close(found["attr_at", "second"][:, i], small)
             torch.testing.assert_close(found["attr", "x"][:, i], guided[:, i] * wide)
+
+
+def test_a_map_is_not_resized_to_a_key_of_other_leading_dimensions():
+    found = torch.rand(2, 3, 5)  # of 2 elements and 3 agents
+    assert resized(found, 1, torch.zeros(2, 3, 4, 10), "linear").shape == (2, 3, 4, 10)
+    with pytest.raises(InputError, match="cannot be resized"):
+        resized(found, 1, torch.zeros(2, 4, 10), "linear")
 
 
 def test_what_has_no_map_is_refused():

@@ -199,7 +199,7 @@ def test_a_failure_leaves_the_generators_as_they_were():
     td = TensorDict({"x": torch.randn(4, 3)}, [4])
     with AttributionSum(Saliency("y"), bad).prepare(net, ["x"], ["y"]) as hooked:
         state = torch.get_rng_state()
-        with pytest.raises(TargetError):
+        with pytest.raises(TargetError, match="NaN or Inf"):
             hooked(td)
     assert torch.equal(torch.get_rng_state(), state)
 

@@ -105,12 +105,14 @@ def test_every_root_is_an_option():
 
 
 def test_results_of_submodules_collide_with_no_in_key():
-    model = TensorDictModule(nn.Sequential(nn.Linear(3, 1)), ["0"], ["1"])
+    model = TensorDictModule(nn.Sequential(nn.Linear(3, 1, bias=False)), ["0"], ["1"])
     td = TensorDict({"0": torch.randn(5, 3)}, [5])
     with LRP(target="1", at="module.0", activations="module.0").prepare(model) as hooked:
         hooked(td)
-    assert td["attr", "0"].shape == (5, 3)
-    assert td["attr_at", "module.0"].shape == td["activations", "module.0"].shape == (5, 1)
+    weight = model.module[0].weight.detach()
+    torch.testing.assert_close(td["attr", "0"], td["0"] * weight, rtol=1e-3, atol=1e-5)
+    for root in ("attr_at", "activations"):  # all relevance that there is starts there
+        torch.testing.assert_close(td[root, "module.0"], td["0"] @ weight.mT)
 
 
 @pytest.mark.parametrize("method", METHODS)

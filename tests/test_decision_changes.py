@@ -16,7 +16,7 @@ from explaining import BATCHES
 from explaining import explained as attacked
 from method_references import DOUBLE, Formula, Joined
 from pristine import assert_same, snapshot, td_snapshot
-from tdhook_like import Each, Taken
+from tdhook_like import Each, InputError, Taken
 from tdhook_like.robustness import (
     FGSM,
     PGD,
@@ -65,6 +65,17 @@ def test_noise_is_of_its_size_alike_for_all_targets_and_repeats():
     torch.testing.assert_close(twice, 2 * noisy)
 
 
+@pytest.mark.parametrize("kind", [GaussianNoise, Corruption])
+def test_what_is_corrupted_stays_inside_its_bounds(kind):
+    own = {"change": lambda x, size, generator: x + size} if kind is Corruption else {}
+    net, x = Formula(lambda x: x.sum(-1)), torch.full((500, 2), 0.5, dtype=DOUBLE)
+    method = kind("y", epsilon=2.0, bounds=(0.0, 1.0), **own)
+    free = attacked(method.replaced(bounds=None), net, (500,), x=x)["adversarial", "x"]
+    td = attacked(method, net, (500,), x=x)
+    torch.testing.assert_close(td["adversarial", "x"], free.clamp(0, 1))
+    assert (free > 1).any()
+
+
 def test_a_function_of_ones_own_is_asked_for_keys_of_some_size_alone():
     asked = []
 
@@ -100,6 +111,18 @@ def test_of_a_linear_lead_the_smallest_size_is_the_lead_over_the_slope(batch):
     torch.testing.assert_close(both["smallest_change", "b"], share, rtol=0, atol=1e-9)
 
 
+def test_halvings_begin_between_the_sizes_that_flip_and_do_not_for_each_element():
+    share = torch.tensor([[0.01], [0.24], [0.26], [0.51], [0.76], [0.99], [5.0]], dtype=DOUBLE)
+    net = Formula(lambda x, share: (share - x).sum(-1))
+    attack = FGSM("y", epsilon={"x": 1.0}, keys=["x"])
+    method = MinParamPerturbation(attack, n_sizes=4, n_halvings=3)
+    inputs = {"x": torch.zeros(7, 1, dtype=DOUBLE), "share": share}
+    found = attacked(method, net, (7,), **inputs)["smallest_change", "x"].flatten()
+    # A quarter, halved three times, is what the size may be too large by.
+    over = found[:-1] - share[:-1, 0]
+    assert ((over > 0) & (over <= 1 / 32)).all() and found[-1].isinf()
+
+
 def test_it_tells_which_key_flips_the_action():
     net = Formula(
         lambda a, b: torch.stack([5 * a[..., 0] + b[..., 0], torch.ones_like(a[..., 0])], -1)
@@ -122,6 +145,27 @@ def test_nothing_has_to_change_where_the_decision_has_flipped_already():
     found = MinParamPerturbation(FGSM("y", epsilon=2.0), n_halvings=30)
     td = attacked(found, Formula(lambda x: x[..., 0]), (2,), x=x)
     torch.testing.assert_close(td["smallest_change", "x"], torch.tensor([1.0, 0.0]))
+    assert td["smallest_change", "x"][1] == 0  # to the last bit: nothing is searched for
+
+
+@pytest.mark.parametrize("goal", ["lower", "raise"])
+def test_a_score_at_the_threshold_has_not_crossed_it(goal):
+    attack, x = FGSM("y", epsilon=1.0, goal=goal), torch.zeros(1, 1, dtype=DOUBLE)
+    net = Formula(lambda x: x[..., 0])
+    found = attacked(MinParamPerturbation(attack, n_halvings=10), net, (1,), x=x)
+    assert 0 < found["smallest_change", "x"].item() < 2e-4
+    away = MinParamPerturbation(
+        attack, n_sizes=1, n_halvings=0, threshold=1.0 if goal == "raise" else -1.0
+    )
+    assert attacked(away, net, (1,), x=x)["smallest_change", "x"].isinf().all()
+
+
+def test_a_key_that_may_not_change_flips_nothing():
+    net, x = Formula(lambda a, b: (a + b).sum(-1)), torch.ones(2, 1, dtype=DOUBLE)
+    method = MinParamPerturbation(FGSM("y", epsilon={"a": 4.0}), n_halvings=30)
+    td = attacked(method, net, (2,), a=x, b=x.clone())
+    torch.testing.assert_close(td["smallest_change", "a"], 2 * x[:, 0], rtol=0, atol=1e-6)
+    assert torch.equal(td["smallest_change", "b"], torch.full_like(x[:, 0], math.inf))
 
 
 def test_of_several_sizes_that_flip_the_first_on_the_grid_is_found():
@@ -188,6 +232,19 @@ def test_attacks_are_compared_by_the_same_score_on_the_same_batch():
     assert found.outcomes["fgsm"].length["obs"] == pytest.approx(0.4, rel=1e-5)
     assert found.to_dict()["fgsm/flipped"] == found.outcomes["fgsm"].flipped
     assert "means over 50 elements" in str(found)
+
+
+def test_at_the_threshold_of_a_comparison_nothing_has_flipped():
+    comparator = AttackComparator({"none": GaussianNoise("y", epsilon=0.0)}, "y", threshold=1.0)
+    td = TensorDict({"x": torch.tensor([1.0, 0.5, 2.0, 3.0])}, [4])
+    found = comparator.compare(nn.Identity(), td, ["x"], ["y"]).outcomes["none"]
+    assert found.flipped == 0.25 and found.score == pytest.approx(6.5 / 4)
+
+
+def test_a_change_of_several_targets_is_not_compared():
+    comparator = AttackComparator({"each": FGSM(Each("y"), epsilon=0.1)}, ("y", 0))
+    with pytest.raises(InputError, match="'each' has several targets"):
+        comparator.compare(nn.Linear(2, 2), TensorDict({"x": torch.ones(3, 2)}, [3]), ["x"], ["y"])
 
 
 def test_driving_an_attack_acts_plainly():

@@ -123,6 +123,17 @@ def test_where_nothing_changes_the_multiplier_is_the_slope(activation):
     torch.testing.assert_close(td["attr", "x"], expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_a_rectifiers_multiplier_is_the_share_of_the_way_that_lies_above_zero(dtype):
+    x = torch.tensor([[4.0, -4.0, 3.0, -1.0, 1.0, 2.0, -2.0, 0.0, 0.0, 1e-7]], dtype=dtype)
+    base = torch.tensor([2.0, -2.0, -1.0, 3.0, 0.0, 2.0, -2.0, 0.0, -3.0, -1.0], dtype=dtype)
+    expected = torch.tensor([[1.0, 0.0, 0.75, 0.75, 1.0, 1.0, 0.0, 0.0, 0.0, 1e-7]], dtype=dtype)
+    net = Formula(lambda x: F.relu(x).sum(-1))
+    options: dict[str, Any] = {"baselines": base, "gap_tolerance": None}
+    td = explained(net, x, multiply_by_inputs=False, **options)
+    torch.testing.assert_close(td["attr", "x"], expected, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("tiny", [1e-17, 1e-12, 1e-9, 1e-8, 1e-7, 1e-5, 1e-3])
 @pytest.mark.parametrize("function", [torch.sigmoid, F.gelu, F.softplus, torch.exp])
 def test_small_differences_lose_no_digits_that_matter(function, tiny):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torchrl.data import LazyTensorStorage, ReplayBuffer
 from explaining import BATCHES, explained
 from method_references import DOUBLE, Formula, Joined, integrated
 from pristine import assert_same, snapshot
-from tdhook_like import CompletenessWarning, Each, FromBuffer, FromKey, IntegratedGradients
+from tdhook_like import AtStep, CompletenessWarning, Each, FromBuffer, FromKey, IntegratedGradients
 from tdhook_like.attribution.ablation import FeatureAblation
 from tdhook_like.attribution.expected import ExpectedGradients, GradientShap, OverBaselines
 from tdhook_like.attribution.shapley import ShapleyValues, ShapleyValueSampling
@@ -213,6 +214,49 @@ def test_the_model_and_its_mode_are_left_alone():
     assert_same(before, snapshot(model))
 
 
+def test_a_key_without_features_is_explained_like_any_other():
+    net, x = Formula(lambda x: 3 * x), torch.randn(4, dtype=DOUBLE)
+    rows = torch.full((2,), 0.5, dtype=DOUBLE)
+    td = explained(ExpectedGradients("y", baselines=rows), net, (4,), x=x)
+    torch.testing.assert_close(td["attr", "x"], 3 * (x - 0.5))
+    torch.testing.assert_close(td["attr_gap"], torch.zeros(4, dtype=DOUBLE))
+
+
+def test_a_trajectory_goes_its_way_as_a_whole():
+    # Of Σ x², at α x: 2 α x², which tells what α was at every step.
+    model = TensorDictModule(lambda x: x.square().cumsum(1), ["x"], ["y"])
+    x = torch.rand(3, 5, 1, dtype=DOUBLE) + 0.5
+    method = ExpectedGradients(
+        AtStep("y", -1), baselines=torch.zeros(1, 1), n_samples=1, gap_tolerance=None
+    )
+    td = explained(method, model, (3, 5), x=x)
+    alpha = (td["attr", "x"] / (2 * x.square())).squeeze(-1)
+    torch.testing.assert_close(alpha, alpha[:, :1].expand(3, 5))
+    assert ((alpha > 0) & (alpha < 1)).all() and alpha[:, 0].unique().numel() == 3
+
+
+def test_rows_that_broadcast_to_the_features_are_drawn_like_others():
+    net, x = Joined([3], 1).double(), torch.randn(4, 3, dtype=DOUBLE)
+    rows = torch.randn(9, 1, dtype=DOUBLE)
+    narrow, wide = (
+        explained(ExpectedGradients("y", baselines=given, gap_tolerance=None), net, (4,), x=x)
+        for given in (rows, rows.expand(9, 3))
+    )
+    torch.testing.assert_close(narrow["attr", "x"], wide["attr", "x"], rtol=0, atol=1e-12)
+
+
+def test_keys_may_have_rows_of_their_own_each():
+    net = Formula(lambda a, b: 2 * a + 5 * b)
+    inputs = {key: torch.zeros(4, 1, dtype=DOUBLE) for key in "ab"}
+    rows = {
+        key: TensorDict({key: torch.full((n, 1), value)}, [n])
+        for key, n, value in (("a", 3, 1.0), ("b", 7, -1.0))
+    }
+    td = explained(ExpectedGradients("y", baselines=rows), net, (4,), **inputs)
+    torch.testing.assert_close(td["attr", "a"], torch.full((4, 1), -2.0, dtype=DOUBLE))
+    torch.testing.assert_close(td["attr", "b"], torch.full((4, 1), 5.0, dtype=DOUBLE))
+
+
 # --- GradientSHAP -----------------------------------------------------------------------------------
 
 
@@ -256,6 +300,17 @@ def test_over_a_list_it_is_the_mean_of_the_methods_attributions_and_gaps(batch):
         mean = torch.stack([found[place] for found in each]).mean(0)
         torch.testing.assert_close(td[place], mean, rtol=0, atol=1e-10)
     assert "attr_error" not in td
+
+
+@pytest.mark.parametrize("tolerance", [0.75, 0.78])
+def test_the_mean_gap_is_held_against_the_mean_change(tolerance):
+    # Of x² at 3 one step at the end misses 18 − 9 from 0, and 12 − 8 from 1: 6.5 of 8.5 on average.
+    inner = IntegratedGradients("y", n_steps=1, method="riemann_right", gap_tolerance=tolerance)
+    method = OverBaselines(inner, over=[0.0, 1.0])
+    expected = pytest.warns(CompletenessWarning) if tolerance < 6.5 / 8.5 else nullcontext()
+    with expected:
+        td = explained(method, Formula(torch.square), (1,), x=torch.full((1, 1), 3.0))
+    torch.testing.assert_close(td["attr_gap"].flatten(), torch.tensor([6.5]))
 
 
 def test_a_method_without_gaps_or_samples_writes_neither():

@@ -38,6 +38,29 @@ def test_way_points_are_gone_through_piece_by_piece(batch):
     assert td["attr_gap"].abs().max() < 1e-9
 
 
+def test_way_points_may_be_alike_for_all_elements():
+    net, x = Joined([3], 1).double(), torch.randn(2, 3, dtype=DOUBLE)
+    stops = torch.randn(2, 3, dtype=DOUBLE)  # as many as elements, which they are none the less not
+    alike, each = (
+        explained(PathIntegratedGradients("y", path=given), net, (2,), x=x)["attr", "x"]
+        for given in (stops, stops.unsqueeze(1).expand(2, 2, 3))
+    )
+    torch.testing.assert_close(alike, each, rtol=0, atol=1e-12)
+
+
+def test_a_falling_score_along_the_path_is_no_gap():
+    net, x = Formula(lambda x: -x.square().sum(-1)), torch.rand(4, 3) + 1
+    method = PathIntegratedGradients("y", path=torch.zeros(1, 3), gap_tolerance=1e-3)
+    td = explained(method, net, (4,), x=x)  # a warning would be an error
+    torch.testing.assert_close(td["attr", "x"], -x.square(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_function_that_stays_at_the_input_moves_nothing():
+    net, x = Joined([3], 1).double(), torch.randn(4, 3, dtype=DOUBLE)
+    method = PathIntegratedGradients("y", path=lambda times, x: x.expand(len(times), *x.shape))
+    assert not explained(method, net, (4,), x=x)["attr", "x"].any()
+
+
 def test_of_a_product_the_path_decides_who_gets_it():
     a, b = torch.rand(5, 1, dtype=DOUBLE), torch.rand(5, 1, dtype=DOUBLE)
     product = Formula(lambda a, b: a * b)
@@ -58,6 +81,9 @@ def test_of_a_product_the_path_decides_who_gets_it():
 
 def test_keys_that_do_not_move_get_nothing():
     net, x = Joined([3, 2], 1).double(), torch.randn(4, 3, dtype=DOUBLE)
+    b = torch.randn(4, 2, dtype=DOUBLE)
     method = PathIntegratedGradients("y", path={"a": torch.zeros(1, 3)})
-    td = explained(method, net, (4,), a=x, b=torch.randn(4, 2, dtype=DOUBLE))
-    assert td["attr", "a"].all() and not td["attr", "b"].any()
+    td = explained(method, net, (4,), a=x, b=b)
+    expected, _ = integrated(net, [x, b], [torch.zeros_like(x), b], 0, n=2000)
+    torch.testing.assert_close(td["attr", "a"], expected, rtol=0, atol=1e-6)
+    assert not td["attr", "b"].any()

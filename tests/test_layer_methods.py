@@ -12,7 +12,14 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
 from pristine import assert_same, snapshot
-from tdhook_like import BaselineError, Each, InputError, IntegratedGradients, PathError
+from tdhook_like import (
+    BaselineError,
+    Each,
+    InputError,
+    InputXGradient,
+    IntegratedGradients,
+    PathError,
+)
 from tdhook_like.attribution.ablation import FeatureAblation
 from tdhook_like.attribution.deeplift import DeepLift
 from tdhook_like.attribution.layers import Conductance, InternalInfluence
@@ -150,7 +157,23 @@ def test_several_layers_targets_and_calls_are_what_they_are_alone():
         ):  # all runs through the second call, and through the first
             for call in "01":
                 total = td["attr_at", "a", "layer", call].sum(-1)
-                torch.testing.assert_close(total, change, rtol=1e-2, atol=1e-3)
+                torch.testing.assert_close(total, change, rtol=1e-4, atol=1e-5)
+
+
+def test_an_activation_that_overwrites_what_a_layer_gave_changes_nothing():
+    torch.manual_seed(0)
+    layers = nn.Linear(3, 6), nn.Linear(6, 2)
+    nets = [
+        nn.Sequential(layers[0], nn.ReLU(inplace), layers[1]).double() for inplace in (True, False)
+    ]
+    x = torch.randn(5, 3, dtype=DOUBLE)
+    make: list[Callable[..., Any]] = [
+        IntegratedGradients, Conductance, InternalInfluence, DeepLift, FeatureAblation, InputXGradient
+    ]  # fmt: skip
+    for method in make:
+        over, apart = (explained(method(("y", 0), at="0"), net, x)["attr_at", "0"] for net in nets)
+        torch.testing.assert_close(over, apart, rtol=1e-12, atol=1e-12)
+        assert over.any()
 
 
 # --- along the inputs' path -----------------------------------------------------------------------
@@ -268,8 +291,9 @@ def test_convolutions_that_take_one_batch_dimension_are_stacked_all_the_same(nam
         torch.testing.assert_close(td["attr_at", "0"].sum((1, 2, 3)), change, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("observed", [False, True], ids=["driven", "observed"])
 @pytest.mark.parametrize("name", METHODS)
-def test_stacked_agents_are_attributed_to_each_at_its_place(name):
+def test_stacked_agents_are_attributed_to_each_at_its_place(name, observed):
     from torchrl.modules import MultiAgentMLP
 
     agents = MultiAgentMLP(
@@ -280,7 +304,7 @@ def test_stacked_agents_are_attributed_to_each_at_its_place(name):
     td = TensorDict({"agents": TensorDict({"obs": x}, [6, 3])}, [6])
     method = METHODS[name](("agents", "q", 1, 0), at="module._empty_net.0", baselines=0.1)
     with method.prepare(model) as hooked:
-        hooked(td)
+        hooked.observe(td) if observed else hooked(td)
     at = td["attr_at", "module._empty_net.0"]
     assert at.shape == (6, 3, 5)
     assert not at[:, [0, 2]].any() and at[:, 1].any()

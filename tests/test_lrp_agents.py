@@ -10,15 +10,7 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import EnsembleModule, TensorDictModule, TensorDictSequential
 from torch import Tensor, nn
-from torchrl.modules import (
-    MLP,
-    MultiAgentConvNet,
-    MultiAgentMLP,
-    QMixer,
-    QValueModule,
-    ValueOperator,
-    VDNMixer,
-)
+from torchrl.modules import MLP, MultiAgentConvNet, QMixer, QValueModule, ValueOperator, VDNMixer
 from torchrl.objectives import SACLoss
 
 import reference_lrp as ref
@@ -36,7 +28,7 @@ from tdhook_like.attribution.lrp import (
     Rule,
     RuleMapper,
 )
-from torchrl_records.nets import actor, gaussian
+from torchrl_records.nets import actor, gaussian, multi_agent_mlp
 
 F64 = torch.float64
 B, AGENTS, OBS, ACTIONS, HIDDEN = 2, 3, 4, 3, 5
@@ -56,15 +48,7 @@ def on_convolutions(rule: Rule) -> RuleMapper:
 
 
 def mlps(shared: bool, centralised: bool, n_out: int = 2) -> Any:
-    net = MultiAgentMLP(
-        *(OBS, n_out, AGENTS),
-        centralized=centralised,
-        share_params=shared,
-        depth=1,
-        num_cells=HIDDEN,
-        activation_class=nn.ReLU,
-    )
-    return net.double()
+    return multi_agent_mlp(OBS, n_out, shared=shared, centralised=centralised).double()
 
 
 def convolutions(shared: bool, centralised: bool) -> Any:

@@ -25,7 +25,7 @@ from torchrl.modules import (
     TanhDelta,
     ValueOperator,
 )
-from torchrl.modules.models import DTActor, DuelingCnnDQNet, DuelingMlpDQNet
+from torchrl.modules.models import DTActor
 
 import reference_policies as slow
 from rule_records import RECORDS, Record
@@ -33,7 +33,7 @@ from rule_samples import on_dense
 from tdhook_like import LRP, EpsilonPlus, HookContext
 from tdhook_like.attribution.lrp import CPLRP, AttnLRP, PolicyMapper
 from torchrl_records import FAMILIES, Family
-from torchrl_records.nets import HIDDEN, actor, mlp, trunk
+from torchrl_records.nets import HIDDEN, actor, dueling_cnn, dueling_mlp, mlp, trunk
 
 F64 = torch.float64
 B, OBS, ACTIONS = 3, 4, 3
@@ -148,43 +148,10 @@ def test_every_rule_reads_a_noisy_layer_as_a_plain_one_with_the_weights_of_the_c
     close(td["attr", "observation"], expected)
 
 
-def dueling_mlp() -> Any:
-    return DuelingMlpDQNet(
-        ACTIONS,
-        mlp_kwargs_feature={
-            "in_features": OBS,
-            "num_cells": [HIDDEN],
-            "out_features": HIDDEN,
-            "activation_class": nn.ReLU,
-        },
-        mlp_kwargs_output={
-            "in_features": HIDDEN,
-            "num_cells": HIDDEN,
-            "activation_class": nn.ReLU,
-        },
-    )
-
-
-def dueling_cnn() -> nn.Module:
-    return DuelingCnnDQNet(
-        ACTIONS,
-        cnn_kwargs={
-            "in_features": 2,
-            "num_cells": [3, 3],
-            "kernel_sizes": [3, 3],
-            "strides": [2, 1],
-            "activation_class": nn.ReLU,
-        },
-        mlp_kwargs={
-            "in_features": 3,
-            "num_cells": HIDDEN,
-            "depth": 1,
-            "activation_class": nn.ReLU,
-        },
-    )
-
-
-DUELING = {"dense": (dueling_mlp, (OBS,)), "of pixels": (dueling_cnn, (2, 7, 7))}
+DUELING = {
+    "dense": (lambda: dueling_mlp(OBS), (OBS,)),
+    "of pixels": (lambda: dueling_cnn(3), (2, 7, 7)),
+}
 
 
 @either("kind", DUELING)

@@ -11,18 +11,12 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
+from explaining import BATCHES
+from explaining import explained as found
 from method_references import DOUBLE, Formula
 from pristine import assert_same, snapshot
 from tdhook_like import ContextError, Each, InputError, KeyNotFoundError
 from tdhook_like.attribution.maximisation import ActivationMaximisation
-
-BATCHES = [(), (3,), (3, 2), (2, 3, 2)]
-
-
-def found(method: Any, net: Any, batch: tuple[int, ...], **inputs: Tensor) -> TensorDict:
-    model = net if isinstance(net, TensorDictModule) else TensorDictModule(net, list(inputs), ["y"])
-    with method.prepare(model) as hooked:
-        return hooked.observe(TensorDict(inputs, batch))
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -61,6 +55,23 @@ def test_many_starts_find_the_higher_hill():
     first, second = (found(many, Formula(hills), (4,), x=x)["maximising", "x"] for _ in range(2))
     torch.testing.assert_close(first, torch.full_like(x, 2.0), rtol=0, atol=1e-3)
     assert torch.equal(first, second)
+
+
+def test_each_target_keeps_the_best_of_its_own_starts():
+    def hill(x: Tensor, at: float) -> Tensor:
+        return torch.exp(-((x - at) ** 2) * 4)
+
+    net = Formula(
+        lambda x: torch.cat([3 * hill(x, -2) + hill(x, 2), hill(x, -2) + 3 * hill(x, 2)], -1)
+    )
+    method = ActivationMaximisation(
+        Each("y"), bounds=(-4.0, 4.0), n_steps=200, learning_rate=0.01, n_starts=12
+    )
+    x = torch.zeros(4, 1, dtype=DOUBLE)
+    for rows in (None, 5):  # chunks that begin at any target
+        td = found(method.replaced(internal_batch_size=rows), net, (4,), x=x)
+        best = torch.tensor([[-2.0], [2.0]], dtype=DOUBLE).expand(4, 2, 1)
+        torch.testing.assert_close(td["maximising", "x"], best, rtol=0, atol=1e-3)
 
 
 def test_each_named_target_and_key_has_its_own_and_others_stay():

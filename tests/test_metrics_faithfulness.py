@@ -12,7 +12,7 @@ from torch import nn
 
 from explaining import BATCHES
 from explaining import explained as measured
-from method_references import DOUBLE, Joined
+from method_references import DOUBLE, Formula, Joined
 from pristine import assert_same, snapshot
 from tdhook_like import (
     LRP,
@@ -102,6 +102,12 @@ def test_of_a_linear_score_exact_methods_have_none_and_scale_is_forgiven_if_aske
     assert measured(plain, model, (5,), x=x)["infidelity"].max() < 1e-10
 
 
+def test_what_is_scaled_best_is_never_below_nothing():
+    net, x = nn.Linear(4, 1), torch.randn(500, 4)
+    td = measured(Infidelity(InputXGradient("y"), scaled=True), net, (500,), x=x)
+    assert (td["infidelity"] >= 0).all() and td["infidelity"].max() < 1e-6
+
+
 def test_wrong_attributions_are_less_faithful_and_saliency_in_size_is_wrong():
     net = nn.Linear(4, 1, bias=False).double()
     net.weight.data = torch.tensor([[1.0, -1.0, 2.0, -2.0]], dtype=DOUBLE)
@@ -120,7 +126,11 @@ def test_of_a_wrapped_saliency_it_is_known_to_be_per_unit():
 def test_features_that_are_where_nothing_is_do_no_harm():
     net, x = nn.Linear(2, 1).double(), torch.tensor([[0.0, 1.0]], dtype=DOUBLE)
     td = measured(Infidelity(InputXGradient("y"), perturbation=Noise(0.1)), net, (1,), x=x)
-    assert torch.isfinite(td["infidelity"]).all()
+    # The first feature has no share of anything, so that what its noise does is what is missed.
+    draw = torch.Generator().manual_seed(0)
+    first = [torch.randn(1, 2, dtype=DOUBLE, generator=draw)[0, 0] for _ in range(100)]
+    missed = (net.weight[0, 0].detach() * 0.1 * torch.stack(first)).square().mean()
+    torch.testing.assert_close(td["infidelity"], missed.reshape(1))
 
 
 # --- completeness -----------------------------------------------------------------------------------
@@ -182,6 +192,18 @@ def test_sensitivity_grows_with_the_radius_and_vanishes_without():
     assert not zero.any() and (small > 0).all() and (large > small).all()
 
 
+def test_where_there_is_no_attribution_the_change_is_not_relative_to_it():
+    net = Formula(lambda x: x.square().sum(-1))
+    x = torch.tensor([[0.0, 0.0], [1.0, 2.0]], dtype=DOUBLE)
+    plain, relative = (
+        measured(MaxSensitivity(InputXGradient("y"), relative=given), net, (2,), x=x)["sensitivity"]
+        for given in (False, True)
+    )
+    length = torch.tensor([1.0, (2**2 + 8**2) ** 0.5], dtype=DOUBLE)  # of 2 x²
+    torch.testing.assert_close(relative, plain / length)
+    assert (plain > 0).all()
+
+
 def test_what_a_method_draws_is_not_taken_for_sensitivity():
     net, x = nn.Linear(3, 1).double(), torch.randn(4, 3, dtype=DOUBLE)
     rows = torch.randn(9, 3, dtype=DOUBLE)
@@ -218,29 +240,47 @@ def test_models_inputs_and_generators_are_left_alone_and_results_repeat(kind):
 def test_a_trajectory_has_one_number_at_each_of_its_steps(kind):
     from torchrl.modules import GRUModule, set_recurrent_mode
 
-    gru = GRUModule(3, 4, in_keys=["x", "h"], out_keys=["y", ("next", "h")])
+    gru = GRUModule(3, 4, in_keys=["x", "h"], out_keys=["y", ("next", "h")]).double()
     td = TensorDict(
         {
-            "x": torch.randn(2, 5, 3),
+            "x": torch.randn(2, 5, 3, dtype=DOUBLE),
             "is_init": torch.zeros(2, 5, 1, dtype=torch.bool),
-            "h": torch.zeros(2, 5, 1, 4),
+            "h": torch.zeros(2, 5, 1, 4, dtype=DOUBLE),
         },
         [2, 5],
     )
     method = kind(InputXGradient(AtStep(("y", 1), -1), keys=["x"]))
+    other, nothing = td.clone(), td.clone()
+    other["x"][1, 2] += 1.0  # the first trajectory is as it was, the second one is another
+    nothing["x"].zero_()
     with set_recurrent_mode(True), method.prepare(gru) as hooked:
-        found = hooked.observe(td)
+        found, elsewhere = hooked.observe(td), hooked.observe(other)[method.gap_root]
+        last = [gru(given.copy())["y"][:, -1, 1].detach() for given in (td, nothing)]
     value = found[method.gap_root]
-    assert value.shape[:2] == (2, 5) and torch.equal(value[:, 0], value[:, 4])
+    assert all(torch.equal(value[:, step], value[:, 0]) for step in range(5))
+    torch.testing.assert_close(value[0], elsewhere[0], rtol=0, atol=1e-12)
+    assert (value[1] != elsewhere[1]).any()
+    if kind is Completeness:
+        missed = found["attr", "x"].sum((1, 2)) - (last[0] - last[1])
+        torch.testing.assert_close(value[:, 0], missed)
+    if kind in (Deletion, Insertion):
+        ends = last if kind is Deletion else last[::-1]
+        torch.testing.assert_close(value[:, 0][:, [0, -1]], torch.stack(ends, -1))
 
 
 @pytest.mark.parametrize("kind", MEASURES)
 def test_members_of_an_ensemble_are_measured_apart(kind):
-    ensemble = EnsembleModule(TensorDictModule(nn.Linear(3, 1), ["x"], ["y"]), 2)
+    net, x = Joined([3], 1).double(), torch.randn(4, 3, dtype=DOUBLE)
+    ensemble = EnsembleModule(TensorDictModule(net, ["x"], ["y"]), 2)
     method = kind(InputXGradient("y"))
     with method.prepare(ensemble) as hooked:
-        td = hooked.observe(TensorDict({"x": torch.randn(4, 3)}, [4]))
-    assert td[method.gap_root].shape[:2] == (4, 2)
+        value = hooked.observe(TensorDict({"x": x}, [4]))[method.gap_root]
+    for i, parameters in enumerate(ensemble.params_td.detach().unbind(0)):
+        alone = Joined([3], 1).double()
+        parameters["module"].to_module(alone)
+        own = measured(method, alone, (4,), x=x)[method.gap_root]
+        torch.testing.assert_close(value[:, i], own, rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(value[:, 0], value[:, 1])
 
 
 def test_the_fill_may_stand_in_the_tensordict_and_is_else_the_methods_baseline():

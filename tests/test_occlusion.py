@@ -51,6 +51,29 @@ def test_every_window_is_that_of_a_slow_loop(shape, window, stride, rows):
         torch.testing.assert_close(td["attr", "x"][row], expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("largest", [1, 20])
+@pytest.mark.parametrize(("shape", "window", "stride"), SHAPES, ids=str)
+def test_too_many_windows_to_be_listed_are_worked_out(shape, window, stride, largest, monkeypatch):
+    net = Joined([math.prod(shape)], 1, dims=[len(shape)]).double()
+    x = torch.randn(2, *shape, dtype=DOUBLE)
+    options = {"window": window, "stride": stride, "internal_batch_size": 6}
+    listed = explained(Occlusion("y", **options), net, (2,), x=x)
+    monkeypatch.setattr("tdhook_like.attribution.occlusion._LARGEST_TABLE", largest)
+    found = explained(Occlusion("y", **options), net, (2,), x=x)
+    assert torch.equal(found["attr", "x"], listed["attr", "x"])
+
+
+@pytest.mark.parametrize("rows", [None, 1, 3])
+def test_inputs_and_baselines_are_as_they_were(rows):
+    net = Joined([6], 1, dims=[2]).double()
+    x, base = torch.randn(1, 2, 3, dtype=DOUBLE), torch.randn(2, 3, dtype=DOUBLE)
+    copies = x.clone(), base.clone()
+    method = Occlusion("y", window=2, baselines=base, internal_batch_size=rows)
+    td = explained(method, net, (1,), x=x)
+    assert torch.equal(x, copies[0]) and torch.equal(base, copies[1])
+    assert torch.equal(td["x"], copies[0])
+
+
 @settings(max_examples=40)
 @given(st.data())
 def test_any_window_and_stride_cover_every_feature(data):

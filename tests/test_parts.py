@@ -75,6 +75,7 @@ def test_a_head_gets_the_sum_of_its_part_of_the_dimension(heads: int, dim: int):
         (lambda R: per_channel(R, dim=3), "dim=3"),
         (lambda R: per_channel(R, dim=-4), "dim=-4"),
         (lambda R: per_token(R, dim=1, batch_dims=2), "dim=1 .* tokens"),
+        (lambda R: per_token(R, dim=1, batch_dims=-1), "behind its -1 batch dimensions"),
         (lambda R: per_head(R, heads=3), r"holds 4 numbers, which 3 heads cannot share"),
         (lambda R: per_head(R, heads=0), "0 heads"),
         (lambda R: per_head(R, heads=2, dim=5), "dim=5 .* heads"),

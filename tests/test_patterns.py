@@ -1,18 +1,14 @@
-"""Rules by type, by name, by position, and one mapper over another."""
+"""Rules by type and by name."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-import torch
-from tensordict import TensorDict
-from tensordict.nn import TensorDictModule, TensorDictSequential
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-import reference_lrp as ref
-from rule_samples import assert_close, explain, grid, made
+from planned import reasons, rules, two_parts
 from tdhook_like import LRP
 from tdhook_like.attribution.lrp import (
     EpsilonPlus,
@@ -24,34 +20,12 @@ from tdhook_like.attribution.lrp import (
     Rule,
     StopRule,
     WSquareRule,
-    ZBoxRule,
     ZPlusRule,
 )
-from tdhook_like.attribution.lrp.mappers.choosing import LayeredMapper, Mapper
-from tdhook_like.attribution.lrp.mappers.composites import CPLRP, AttnLRP, EpsilonPlusFlat
+from tdhook_like.attribution.lrp.mappers.choosing import Mapper
+from tdhook_like.attribution.lrp.mappers.composites import EpsilonPlusFlat
 from tdhook_like.attribution.lrp.mappers.patterns import FirstLayer, NameMapper, TypeMapper
 from tdhook_like.errors import PathError, RuleError
-from torchrl_records import FAMILIES
-
-
-def rules(mapper: Mapper, model: nn.Module) -> dict[str, type[Rule]]:
-    """Which rule every path gets."""
-    return {line.path: type(line.rule) for line in mapper.plan(model).lines}
-
-
-def reasons(mapper: Mapper, model: nn.Module) -> dict[str, str]:
-    return {line.path: line.why for line in mapper.plan(model).lines}
-
-
-def two_parts() -> nn.Module:
-    """An encoder of three modules and a head of two."""
-    return nn.ModuleDict(
-        {
-            "encoder": nn.Sequential(nn.Conv1d(1, 2, 1), nn.ReLU(), nn.Conv1d(2, 2, 1)),
-            "head": nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1)),
-        }
-    )
-
 
 # --- by type --------------------------------------------------------------------------------------
 
@@ -255,190 +229,3 @@ def test_what_has_to_know_the_model_does_not_guess_without_it(mapper: Mapper):
         mapper("0", nn.Linear(2, 2))
     net = nn.Sequential(nn.Linear(2, 2))
     assert isinstance(mapper.bind(net)("0", net[0]), FlatRule)
-
-
-# --- by position ----------------------------------------------------------------------------------
-
-FIRST = {
-    "SafeModule": ["module.0"],
-    "ConvNet": ["module.0.0"],
-    "ActorValueOperator": ["module.0.module.0"],
-    "ActorCriticOperator": ["module.0.module.0"],
-    "ActorCriticWrapper": ["module.0.module.0.module.0", "module.1.module.0"],
-    "composite distribution": ["module.0.module.net.0"],
-    "DuelingCnnDQNet": ["module.0.module.features.0"],
-    "NoisyLinear": ["module.0.module.0"],
-    "SAC's critics": ["member.module.0"],
-    "gSDEModule": ["module.0.module.0.module.0"],
-    "DecisionTransformerInferenceWrapper": ["td_module.module.0.module.step.0"],
-    "a policy of several agents": ["module.0.module._empty_net.0"],
-    "MultiAgentConvNet, shared weights": ["module._empty_net.0"],
-}
-
-
-@pytest.mark.parametrize("name", FIRST)
-def test_the_layers_that_read_the_inputs_of_torchrls_models_are_found(name: str):
-    found = rules(FirstLayer(FlatRule()), FAMILIES[name].build())
-    assert found == dict.fromkeys(FIRST[name], FlatRule)
-
-
-def td_module(layer: nn.Module, in_keys: list[Any], out_keys: list[Any]) -> TensorDictModule:
-    return TensorDictModule(layer, in_keys=in_keys, out_keys=out_keys)
-
-
-class Joined(nn.Module):
-    """Its inputs side by side."""
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return torch.cat(inputs, -1)
-
-
-def test_every_encoder_of_a_sequence_that_reads_inputs_has_a_first_layer():
-    camera = nn.Sequential(nn.Flatten(-3), nn.BatchNorm1d(4), nn.Linear(4, 2), nn.Linear(2, 2))
-    net = TensorDictSequential(
-        td_module(camera, ["camera"], ["seen"]),
-        td_module(nn.Linear(3, 2), [("robot", "joints")], ["felt"]),
-        td_module(Joined(), ["seen", "felt"], ["hidden"]),
-        td_module(nn.Linear(4, 2), ["hidden"], ["logits"]),
-        td_module(nn.Linear(5, 1), [("robot", "joints"), "logits"], ["value"]),
-    )
-    assert set(rules(FirstLayer(FlatRule()), net)) == {"module.0.module.2", "module.1.module"}
-
-
-def test_what_a_module_without_weights_makes_of_inputs_still_counts_as_input():
-    inner = TensorDictSequential(
-        td_module(Joined(), ["a", "b"], ["both"]), td_module(nn.Linear(4, 2), ["both"], ["h"])
-    )
-    net = TensorDictSequential(inner, td_module(nn.Linear(2, 2), ["h"], ["y"]))
-    assert set(rules(FirstLayer(FlatRule()), net)) == {"module.0.module.1.module"}
-
-
-def test_an_input_that_was_overwritten_is_no_input():
-    net = TensorDictSequential(
-        td_module(nn.Linear(2, 2), ["x"], ["x"]), td_module(nn.Linear(2, 2), ["x"], ["y"])
-    )
-    assert set(rules(FirstLayer(FlatRule()), net)) == {"module.0.module"}
-
-
-@pytest.mark.parametrize(
-    "build",
-    [
-        lambda: nn.Sequential(nn.ReLU(), nn.LayerNorm(2)),
-        lambda: nn.ModuleList([nn.GRU(2, 2), nn.Linear(2, 2)]),
-        lambda: nn.TransformerEncoderLayer(4, 2),
-        FAMILIES["LSTMModule over time"].build,
-    ],
-    ids=["no weights", "a GRU first", "attention first", "LSTMModule"],
-)
-def test_a_model_that_no_affine_layer_reads_first_is_an_error_that_asks_for_paths(build: Any):
-    for mapper in (FirstLayer(FlatRule()), EpsilonPlusFlat()):
-        with pytest.raises(PathError, match=r"no dense layer or convolution.*first='encoder.0'"):
-            mapper.bind(build())
-
-
-def test_first_layers_may_be_named():
-    net = two_parts()
-    named = FirstLayer(FlatRule(), ("encoder.0", "head.0"))
-    assert rules(named, net) == {"encoder.0": FlatRule, "head.0": FlatRule}
-    assert rules(FirstLayer(FlatRule(), "head.0"), net) == {"head.0": FlatRule}
-    assert rules(FirstLayer(FlatRule(), "head.*"), net) == {"head.0": FlatRule, "head.2": FlatRule}
-    assert rules(EpsilonPlusFlat(first="encoder.2"), net)["encoder.0"] is ZPlusRule
-    assert set(reasons(named, net).values()) == {"first layer"}
-    with pytest.raises(PathError, match=r"FirstLayer: 'body\.0' matches no submodule"):
-        FirstLayer(FlatRule(), "body.0").bind(net)
-    with pytest.raises(PathError, match=r"'\*.1' matches no layer with weights"):
-        FirstLayer(FlatRule(), "*.1").bind(net)
-
-
-def test_the_rule_of_the_first_layer_is_a_rule():
-    with pytest.raises(RuleError, match="an instance is needed"):
-        FirstLayer(FlatRule)  # pyright: ignore[reportArgumentType]
-    assert repr(FirstLayer(FlatRule(), "0")) == (
-        "FirstLayer(rule=FlatRule(stabilizer=1e-06), first=('0',))"
-    )
-
-
-# --- one over another -----------------------------------------------------------------------------
-
-
-def test_the_first_mapper_that_has_a_rule_gives_it_and_the_reason():
-    def squares(name: str, module: nn.Module) -> Rule | None:
-        return WSquareRule() if name == "head.2" else None
-
-    first, types = FirstLayer(ZBoxRule(0.0, 1.0)), TypeMapper({nn.Linear: GammaRule()})
-    mapper = squares | first | (types | EpsilonPlus())
-    net = two_parts()
-    assert reasons(mapper, net) == {
-        "encoder.0": "first layer",
-        "encoder.1": "type ReLU",
-        "encoder.2": "type Conv1d",
-        "head.0": "type Linear",
-        "head.1": "type Tanh",
-        "head.2": "by squares",
-    }
-    found = rules(mapper, net)
-    assert found["head.0"] is GammaRule and found["head.2"] is WSquareRule
-    assert rules(EpsilonPlus() | types, net)["head.0"] is EpsilonRule
-    assert rules(LayeredMapper(squares, first, types, EpsilonPlus()), net) == found
-
-
-def test_ignore_says_its_own_gradient_look_no_further():
-    mapper = TypeMapper({nn.Linear: None}) | EpsilonPlus()
-    assert rules(mapper, two_parts())["head.0"] is IgnoreRule
-
-
-def test_layers_take_function_rules_from_the_first_mapper_that_has_some():
-    plain, named = EpsilonPlus(), NameMapper({"0": None})
-    assert (named | plain).functions is None
-    assert (named | AttnLRP() | CPLRP()).functions is AttnLRP.functions
-    assert (named | CPLRP() | AttnLRP()).functions is CPLRP.functions
-    assert EpsilonPlus(rule_mapper=CPLRP()).functions is CPLRP.functions
-    assert AttnLRP(rule_mapper=CPLRP()).functions is CPLRP.functions
-    assert AttnLRP(rule_mapper=plain).functions is AttnLRP.functions
-    assert NameMapper({"0": CPLRP()}).functions is CPLRP.functions
-
-
-@pytest.mark.parametrize("given", [EpsilonPlus, EpsilonRule(), 3, None])
-def test_only_mappers_are_layered(given: Any):
-    with pytest.raises(RuleError, match="LayeredMapper must be callable"):
-        LayeredMapper(EpsilonPlus(), given)
-    with pytest.raises(RuleError):
-        EpsilonPlus() | given
-    with pytest.raises(RuleError, match="at least one"):
-        LayeredMapper()
-
-
-def test_a_layered_mapper_that_gives_no_rule_names_the_module_and_what_it_gave():
-    mapper = LayeredMapper(lambda name, module: "epsilon", EpsilonPlus())  # pyright: ignore
-    with pytest.raises(RuleError, match="gave 'epsilon' for module ''"):
-        mapper.plan(nn.Linear(2, 2))
-
-
-def test_a_mapper_of_ones_own_must_say_which_rules_it_gives():
-    with pytest.raises(RuleError, match=r"Mapper must override __call__"):
-        Mapper().plan(nn.Linear(2, 2))
-
-
-def test_relevance_under_a_mixed_mapper_is_that_of_its_rules_layer_by_layer():
-    net = made(
-        "mixed",
-        lambda: nn.Sequential(
-            *(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 2))
-        ),
-    )
-    x, R = grid((2, 4), "x"), grid((2, 2), "R")
-    mapper = FirstLayer(FlatRule()) | NameMapper({"2": GammaRule()}) | EpsilonPlus()
-    want = ref.propagate(net, x, R, [ref.flat, None, ref.gamma, None, ref.epsilon])
-    assert_close(explain(net, mapper, [x], R)[0][0], want, 1e-9)
-
-
-def test_names_are_those_of_the_model_that_was_given_to_the_context():
-    net = td_module(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)), ["x"], ["y"])
-    with pytest.raises(PathError, match=r"Did you mean 'module\.0'"):
-        LRP(NameMapper({"0": FlatRule()}), "y").prepare(net)
-    td = TensorDict({"x": torch.tensor([[1.0, 3.0]])}, [1])
-    mapper = NameMapper({"module.0": FlatRule()}) | EpsilonPlus()
-    with LRP(mapper, "y").prepare(net) as hooked:
-        found = hooked(td)["attr", "x"]
-    torch.testing.assert_close(found[0, 0], found[0, 1])
-    assert "name 'module.0'" in str(LRP(mapper, "y").prepare(net))

@@ -47,6 +47,11 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "no starts": (lambda: PGD("y", n_starts=0), InputError, "n_starts"),
     "negative step": (lambda: PGD("y", step_size=-1.0), InputError, "step_size"),
     "bounds upside down": (lambda: FGSM("y", bounds=(1.0, 0.0)), InputError, "above the high"),
+    "bounds that are NaN": (
+        lambda: FGSM("y", bounds=(float("nan"), 1.0)),
+        InputError,
+        "hold NaN",
+    ),
     "submodules": (lambda: FGSM("y", at="0"), ContextError, "in_keys"),
     "no function": (lambda: Corruption("y", change=3), InputError, "function"),  # pyright: ignore
     "no attack": (lambda: MinParamPerturbation(Saliency("y")), ContextError, "attack"),  # pyright: ignore

@@ -371,7 +371,7 @@ def test_a_rule_on_a_module_that_it_cannot_treat_is_refused_with_the_path(record
 )
 def test_a_rule_for_one_input_is_refused_where_there_are_two(rule: Rule, sample: Sample):
     net, inputs = sample.module(), sample.inputs("mixed")
-    with pytest.raises(RuleError):
+    with pytest.raises(RuleError, match=type(rule).__name__):
         explain(net, only(net, rule), inputs, torch.ones_like(net(*inputs)))
 
 

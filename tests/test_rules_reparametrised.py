@@ -321,9 +321,19 @@ def test_outputs_with_nothing_to_share_by_give_no_nan(rule: Rule, dtype: torch.d
     layer.weight.data = -torch.ones(2, 3)
     layer.weight.data[1] = 0.0  # and one that reads nothing
     layer, td = layer.to(dtype), TensorDict({"x": torch.rand(2, 3).to(dtype)}, [2])
-    for index in (0, 1):
+    # With w = −1 and x > 0 there are negative parts alone: β of them, their own, or equal shares.
+    x = td["x"].double()
+    expected = {
+        ZPlusRule: torch.zeros_like(x),
+        AlphaBetaRule: x,
+        GammaRule: -x,
+        WSquareRule: -x.sum(-1, keepdim=True).expand_as(x) / 3,
+    }[type(rule)]
+    tolerance = 8 * torch.finfo(dtype).eps
+    for index, wanted in enumerate((expected, torch.zeros_like(x))):
         with LRP(only(layer, rule), ("y", index)).prepare(layer, ["x"], ["y"]) as hooked:
-            assert hooked(td.clone())["attr", "x"].isfinite().all()
+            found = hooked(td.clone())["attr", "x"].double()
+        torch.testing.assert_close(found, wanted, rtol=tolerance, atol=max(tolerance, 1e-5))
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=[record.name for record in RECORDS])

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -100,6 +101,25 @@ def test_one_element_has_means_but_no_interval():
     assert "a/share_low" not in shares.to_dict()
 
 
+def test_blocks_are_all_runs_of_steps_around_the_end():
+    values = walks(torch.Generator().manual_seed(3), 1, 60)[0].double()
+    units = bootstrap_module.block_units(values)
+    length = int(units.sizes[0])
+    assert length > 2 and (units.sizes == length).all() and units.draws == 60 // length
+    around = torch.stack([values[[(start + i) % 60 for i in range(length)]] for start in range(60)])
+    torch.testing.assert_close(units.sums, around.sum(1))
+
+
+@pytest.mark.parametrize("rho", [-0.8, 0.0, 0.5, 0.9])
+def test_blocks_are_as_long_as_neighbouring_steps_are_alike(rho):
+    values = walks(torch.Generator().manual_seed(5), 1, 500, rho)[0].double()
+    away = (values - values.mean()).flatten().tolist()
+    alike = sum(a * b for a, b in itertools.pairwise(away)) / sum(a * a for a in away)
+    alike = max(alike, 0.0)
+    wanted = math.ceil((2 * alike / (1 - alike**2)) ** (2 / 3) * 500 ** (1 / 3))
+    assert bootstrap_module.block_length(values) == max(wanted, 1)
+
+
 # Time
 
 
@@ -150,3 +170,28 @@ def test_masked_elements_do_not_count():
     assert shares.relevance_per_step["a"].tolist() == [3.0, 3.0]
     # The two trajectories have the means 2 and 5: no resample can lie outside.
     assert shares.summary["a"].relevance_interval == (2.0, 5.0)
+
+
+def test_trajectories_that_are_masked_out_are_not_resampled():
+    td = attributed([4, 20], a=torch.randn(4, 20, 1))
+    td["mask"] = torch.ones(4, 20, dtype=torch.bool)
+    td["mask"][0] = False
+    left = key_shares(td, time_dim=1, mask="mask")
+    same = key_shares(td[1:], time_dim=1)
+    assert "3 trajectories" in left.resampling and left.summary == same.summary
+    td["mask"][:3] = False  # one is left, which is cut into blocks
+    assert "only one trajectory" in key_shares(td, time_dim=1, mask="mask").resampling
+
+
+def test_masked_elements_without_relevance_are_not_counted_as_such():
+    td = attributed([3], a=torch.tensor([[1.0], [0.0], [0.0]]))
+    td["mask"] = torch.tensor([True, True, False])
+    assert key_shares(td, mask="mask").n_zero == 1 and key_shares(td).n_zero == 2
+
+
+def test_a_step_at_which_nothing_counts_has_the_mean_zero():
+    td = attributed([2, 3], a=torch.ones(2, 3, 1))
+    td["mask"] = torch.tensor([[True, False, True], [True, False, False]])
+    shares = key_shares(td, time_dim=1, mask="mask")
+    assert shares.relevance_per_step is not None
+    assert shares.relevance_per_step["a"].tolist() == [1.0, 0.0, 1.0]

@@ -22,13 +22,7 @@ from torchrl.envs.utils import ExplorationType, exploration_type, set_exploratio
 from torchrl.modules import ProbabilisticActor
 
 from pristine import assert_same, snapshot
-from tdhook_like import (
-    LRP,
-    ContextError,
-    InputXGradient,
-    IntegratedGradients,
-    Saliency,
-)
+from tdhook_like import LRP, ContextError, InputXGradient, IntegratedGradients, Saliency
 from tdhook_like.rl import AttributionTransform
 from torchrl_play import KEYS, assert_bit_equal, make_critic, make_env, make_policy, record
 

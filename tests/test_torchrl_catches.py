@@ -26,25 +26,10 @@ from torchrl.modules import (
 )
 
 from pristine import assert_same, snapshot
-from tdhook_like import (
-    LRP,
-    KeyNotFoundError,
-    LogProb,
-    RuleError,
-    Saliency,
-    Taken,
-    TargetError,
-)
-from tdhook_like.attribution.lrp import (
-    AlphaBetaRule,
-    EpsilonRule,
-    FlatRule,
-    GammaRule,
-    WSquareRule,
-    ZBoxRule,
-    ZPlusRule,
-)
+from tdhook_like import LRP, KeyNotFoundError, LogProb, RuleError, Saliency, Taken, TargetError
+from tdhook_like.attribution.lrp import EpsilonRule, GammaRule
 from torchrl_records import FAMILIES
+from torchrl_records.methods import every_weight_rule, only_linear, signed
 from torchrl_records.nets import (
     ACTIONS,
     HIDDEN,
@@ -61,27 +46,6 @@ from torchrl_records.nets import (
     steps,
     trunk,
 )
-
-WEIGHT_RULES = [
-    ZPlusRule(),
-    GammaRule(),
-    AlphaBetaRule(),
-    FlatRule(),
-    WSquareRule(),
-    ZBoxRule(-3.0, 3.0),
-]
-every_weight_rule = pytest.mark.parametrize(
-    "rule", WEIGHT_RULES, ids=lambda rule: type(rule).__name__
-)
-
-
-def signed(target: object = None) -> Saliency:
-    return Saliency(target, abs=False)  # pyright: ignore[reportArgumentType]
-
-
-def only_linear(rule):
-    return lambda path, module: rule if isinstance(module, nn.Linear) else None
-
 
 # --- sequences ---------------------------------------------------------------------------------
 
@@ -232,8 +196,11 @@ def test_a_policy_that_is_a_point_mass_has_no_log_probability_to_explain():
     policy = actor(deterministic(), TanhDelta, "param")
     with signed().prepare(policy) as hooked, pytest.raises(TargetError, match="Inf"):
         hooked(observations())
+    td = observations()
+    leaf = td["observation"].clone().requires_grad_()
+    (expected,) = torch.autograd.grad(policy.module[0].module(leaf)[:, 0].sum(), leaf)
     with signed(("param", 0)).prepare(policy) as hooked:
-        assert hooked(observations())["attr", "observation"].any()
+        torch.testing.assert_close(hooked(td)["attr", "observation"], expected)
 
 
 def test_the_heads_of_a_composite_distribution_are_targets_of_their_own():

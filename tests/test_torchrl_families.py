@@ -17,6 +17,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from pristine import assert_same, snapshot
 from tdhook_like import LRP, InputXGradient, IntegratedGradients, Saliency, TargetError
 from tdhook_like.attribution.lrp import EpsilonRule, FunctionRules
+from torchrl_play import assert_bit_equal
 from torchrl_records import FAMILIES, Family
 
 
@@ -62,14 +63,6 @@ def gradient(
 
 def attribution(td: TensorDictBase, key: NestedKey) -> Tensor:
     return td[("attr", key) if isinstance(key, str) else ("attr", *key)]
-
-
-def assert_bit_equal(found: TensorDictBase, expected: TensorDictBase) -> None:
-    """The same batch size, the same keys and, everywhere, the same bits."""
-    assert found.batch_size == expected.batch_size
-    assert set(found.keys(True, True)) == set(expected.keys(True, True))
-    unequal = [key for key in found.keys(True, True) if not found.get(key).equal(expected.get(key))]
-    assert not unequal, f"other bits at {unequal}"
 
 
 def assert_same_state(found: nn.Module, expected: nn.Module) -> None:

@@ -8,35 +8,14 @@ from typing import Any
 import pytest
 import torch
 from tensordict import TensorDict
-from tensordict.nn import (
-    EnsembleModule,
-    TensorDictModule,
-)
-from torch import Tensor, nn
-from torchrl.modules import (
-    IndependentNormal,
-    ValueOperator,
-    set_recurrent_mode,
-)
+from tensordict.nn import EnsembleModule, TensorDictModule
+from torch import Tensor
+from torchrl.modules import IndependentNormal, ValueOperator, set_recurrent_mode
 from torchrl.objectives import SACLoss
 
-from tdhook_like import (
-    LRP,
-    AtStep,
-    Each,
-    IntegratedGradients,
-    Saliency,
-    TargetError,
-)
-from tdhook_like.attribution.lrp import (
-    AlphaBetaRule,
-    FlatRule,
-    GammaRule,
-    WSquareRule,
-    ZBoxRule,
-    ZPlusRule,
-)
+from tdhook_like import LRP, AtStep, Each, IntegratedGradients, TargetError
 from torchrl_records import FAMILIES
+from torchrl_records.methods import every_weight_rule, only_linear, signed
 from torchrl_records.nets import (
     ACTIONS,
     AGENTS,
@@ -49,27 +28,6 @@ from torchrl_records.nets import (
     sampler,
     steps,
 )
-
-WEIGHT_RULES = [
-    ZPlusRule(),
-    GammaRule(),
-    AlphaBetaRule(),
-    FlatRule(),
-    WSquareRule(),
-    ZBoxRule(-3.0, 3.0),
-]
-every_weight_rule = pytest.mark.parametrize(
-    "rule", WEIGHT_RULES, ids=lambda rule: type(rule).__name__
-)
-
-
-def signed(target: object = None) -> Saliency:
-    return Saliency(target, abs=False)  # pyright: ignore[reportArgumentType]
-
-
-def only_linear(rule):
-    return lambda path, module: rule if isinstance(module, nn.Linear) else None
-
 
 # --- recurrent modules -------------------------------------------------------------------------
 
@@ -215,11 +173,15 @@ def test_an_observed_ensemble_has_its_members_behind_the_batch():
 
 def test_the_members_of_an_ensemble_are_integrated_apart():
     model, td = make_ensemble()
-    with IntegratedGradients(n_steps=64, gap_tolerance=None).prepare(model) as hooked:
-        found = hooked(td)
-    change = model(td)["value"] - model(td.apply(torch.zeros_like))["value"]
-    total = found["attr", "observation"].sum(-1, keepdim=True)
-    torch.testing.assert_close(total, change, rtol=0.05, atol=0.01)
+    method = IntegratedGradients(n_steps=8, method="riemann_middle", gap_tolerance=None)
+    with method.prepare(model) as hooked:
+        found = hooked(td.copy())
+    slopes = [
+        gradients_of_members(model, td.apply(lambda x, t=t: t * x))
+        for t in torch.arange(8) / 8 + 1 / 16
+    ]
+    expected = td["observation"] * torch.stack(slopes).mean(0)
+    torch.testing.assert_close(found["attr", "observation"], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_critic_of_a_sac_loss_is_explained_with_the_weights_that_the_loss_trains():

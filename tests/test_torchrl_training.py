@@ -10,23 +10,13 @@ import pytest
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torchrl.collectors import Collector, Evaluator
-from torchrl.data import (
-    LazyTensorStorage,
-    TensorDictReplayBuffer,
-)
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.modules import ValueOperator
 from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
 from torchrl.trainers import DefaultOptimizationStepper, ReplayBufferTrainer, Trainer
 
-from tdhook_like import (
-    LRP,
-    Each,
-    InputError,
-    InputXGradient,
-    IntegratedGradients,
-    Saliency,
-)
+from tdhook_like import LRP, Each, InputError, InputXGradient, IntegratedGradients, Saliency
 from tdhook_like.metrics import key_shares
 from tdhook_like.rl import AttributionHook, AttributionTransform, attribution_metrics
 from torchrl_play import KEYS, assert_bit_equal, make_critic, make_env, make_policy, record

@@ -23,7 +23,7 @@ from tdhook_like import (
 )
 from tdhook_like.attribution.ablation import FeatureAblation
 from tdhook_like.attribution.deeplift import DeepLift
-from tdhook_like.attribution.lrp import EpsilonPlus
+from tdhook_like.attribution.lrp import EpsilonPlus, GammaRule, Rule
 from tdhook_like.targets.units import Channel, Unit
 
 DOUBLE = torch.float64
@@ -34,7 +34,15 @@ METHODS: dict[str, Any] = {
     "deeplift": lambda t: DeepLift(t, baselines=0.5),
     "ablation": FeatureAblation,
     "lrp": lambda t: LRP(EpsilonPlus(), t),
+    "lrp with gamma": lambda t: LRP(EpsilonPlus(rule_mapper=gamma), t),
+    "integrated gradients under rules": lambda t: IntegratedGradients(
+        t, n_steps=9, gap_tolerance=None, rules=EpsilonPlus(rule_mapper=gamma)
+    ),
 }
+
+
+def gamma(name: str, module: nn.Module) -> Rule | None:
+    return GammaRule(0.5) if isinstance(module, nn.Linear) else None
 
 
 def network() -> nn.Sequential:

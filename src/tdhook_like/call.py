@@ -96,8 +96,7 @@ class Call:
                     found = self._combined(method, evaluation, targets)
                 own = self._own
             else:
-                outputs, found = self._apart(grads, inference)
-                own = self._own
+                outputs, own, found = self._apart(grads, inference)
             batch = destination.batch_size if own is None else own.batch_size
             made = results(self._context, batch, found)
             result = write_outputs(self._context, self._td, outputs, destination, own)
@@ -107,8 +106,10 @@ class Call:
             raise
         return result
 
-    def _apart(self, grads: bool, inference: bool) -> tuple[TensorDictBase | View, Written]:
-        """The plain call, and the explanation apart from it.
+    def _apart(
+        self, grads: bool, inference: bool
+    ) -> tuple[TensorDictBase | View, TensorDictBase | None, Written]:
+        """The plain call (its outputs, the TensorDict of its own if it made one), and what explains it.
 
         A method that runs the model at the inputs anyway gives what the plain call would. That it
         does, bit for bit, is seen where both are made, once for inputs of the same shapes.
@@ -122,14 +123,15 @@ class Call:
             with _gradients(inference):
                 found = self._explained(None)
             outputs = found.attribution.outputs
-            return self._plainly() if outputs is None else outputs, found
+            return self._plainly() if outputs is None else outputs, None, found
         outputs = self._plainly()
+        own = self._own  # which the explanation's runs overwrite
         with _gradients(inference):
             found = self._explained(None if isinstance(outputs, View) else outputs)
         if may and tried not in known and len(known) < 256:
             seen = found.attribution.outputs
             known[tried] = seen is not None and same_bits(outputs, seen, self._context.out_keys)
-        return outputs, found
+        return outputs, own, found
 
     def _shapes(self) -> tuple[Any, ...]:
         return tuple((key, x.shape, x.dtype, x.device) for key, x in self._inputs.items())
@@ -361,7 +363,9 @@ class Call:
         ports, tried = Ports(context.ports), lambda td: self._attempt(run, td)
         score = Score(
             ports.around(tried) if ports.modules else tried,
-            lambda functions=None: self._ruled(None, shadow.of, functions, ports),
+            lambda functions=None, plain=False: self._ruled(
+                None, shadow.of, functions, ports, plain
+            ),
             template,
             keys,
             inputs,
@@ -373,6 +377,7 @@ class Call:
             view=self._view(shadow),
         )
         score.reads_all = len(keys) == len(context.in_keys)
+        score.once = lambda asked: self._once(asked, run, shadow, reference)
         at = context.at is not None and method.own_at
         score.at_paths = tuple(context.at.modules) if context.at is not None and at else ()
         if at and not keys:
@@ -389,6 +394,31 @@ class Call:
         self._check_reached()
         self._tell_of(Counter(attribution.unhandled))
         return self._result(attribution, targets, outputs, captured)
+
+    def _once(
+        self,
+        method: GradientMethod,
+        run: Run,
+        shadow: Shadow | Itself,
+        reference: TensorDictBase | None,
+    ) -> Attribution:
+        """What a method of one run says of the inputs, where another one of many runs asks it."""
+        captured, before = Captured(), (self._own, self._batch)
+        try:
+            with self._ruled(captured, shadow.of):
+                evaluation, _ = self._evaluate(self._filled(run), captured, reference)
+                found = method.attribute(evaluation)
+        finally:
+            self._own, self._batch = before  # what the plain call returned
+        dims = evaluation.outputs.batch_dims
+        found.modules = {
+            path: [
+                [captured.batch_first(column, path, i, dims) for column in columns]
+                for i, columns in enumerate(calls)
+            ]
+            for path, calls in found.modules.items()
+        }
+        return found
 
     def _view(
         self, shadow: Shadow | Itself
@@ -509,6 +539,7 @@ class Call:
         of: Callable[[nn.Module], nn.Module],
         functions: Functions | None = None,
         ports: Ports | None = None,
+        plain: bool = False,
     ) -> AbstractContextManager[object]:
         """Rules (and captures, where asked for) on, for this thread and the length of a block.
 
@@ -517,8 +548,10 @@ class Call:
             of: From a module to the one that runs in its place.
             functions: A mode that a method without rules brings.
             ports: The submodules whose outputs are read or set.
+            plain: Whether rules stay off: for values, which they do not change.
         """
-        context, flow, plan = self._context, self._flow, self._context.plan
+        context, flow = self._context, self._flow
+        plan = None if plain else context.plan
         after: dict[int, tuple[nn.Module, Handler]] = {}
         before, closed = {}, []
         if plan is not None:
@@ -537,7 +570,7 @@ class Call:
                 module = of(original)
                 rule = after.get(id(module), (module, None))[1]
                 after[id(module)] = (module, ports.handler(path, rule))
-        mode = functions or flow.mode
+        mode = functions or (None if plain else flow.mode)
         if not after and not before and mode is None:
             return self._twice or nullcontext()
         return Installation(

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +28,7 @@ from tdhook_like.runner import View
 
 if TYPE_CHECKING:
     from tdhook_like.attribution.lrp.ledger.recorder import Recorder
+    from tdhook_like.attribution.method import Attribution, GradientMethod
 
 __all__ = ["Evaluation", "Score"]
 
@@ -63,7 +65,8 @@ class Score:
 
     Args:
         run: Runs the model without leaving a trace (on a shadow, the RNG forked).
-        rules: Gives a context manager that has the rules on, and a mode for functions if one is given.
+        rules: Gives a context manager that has the rules on, and a mode for functions if one is given;
+            with ``plain=True`` one that has everything on but the rules.
         template: The explained TensorDict; what is not attributed is read from it.
         keys: The attributed keys.
         inputs: Their values, ``[*B, *features]`` each.
@@ -102,6 +105,8 @@ class Score:
         self.at_paths: tuple[str, ...] = ()
         #: Whether the model reads nothing but the attributed keys.
         self.reads_all = False
+        #: What a method of one run says of the explained inputs; None where they are others.
+        self.once: Callable[[GradientMethod], Attribution] | None = None
 
     def scores(self, points: Sequence[Tensor]) -> Tensor:
         """Scores ``[k, *B, T]`` at stacked inputs ``[k, *B, *features]``, without a graph."""
@@ -181,6 +186,13 @@ class Score:
         other = copy.copy(self)
         other.inputs = tuple(inputs)
         other.baselines = self.baselines if baselines is None else tuple(baselines)
+        other.once = None
+        return other
+
+    def plain(self) -> Score:
+        """The same score without rules, for scores alone: rules change none, and take their time."""
+        other = copy.copy(self)
+        other._rules = partial(self._rules, plain=True)
         return other
 
     def gradients_at(
@@ -251,6 +263,7 @@ class Score:
         other = copy.copy(self)
         other._keys, other.inputs = tuple(values), tuple(values.values())
         other.baselines, other._layouts = tuple(baselines), layouts
+        other.once = None
         return other
 
     def narrowed(self, points: Sequence[Tensor]) -> tuple[Score, list[Tensor]] | None:

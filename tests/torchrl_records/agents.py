@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-from tensordict.nn import (
-    TensorDictModule,
-    TensorDictSequential,
-)
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
-from torchrl.modules import (
-    MultiAgentConvNet,
-    OneHotCategorical,
-    QValueModule,
-    VDNMixer,
-)
+from torchrl.modules import MultiAgentConvNet, OneHotCategorical, QValueModule, VDNMixer
 
 from tdhook_like import LogProb
 from torchrl_records.family import Family
-from torchrl_records.nets import (
-    ACTIONS,
-    AGENTS,
-    actor,
-    agents,
-    of_agents,
-)
-from torchrl_records.scores import (
-    entry,
-    second_agent,
-)
+from torchrl_records.nets import ACTIONS, AGENTS, actor, agents, of_agents
+from torchrl_records.scores import entry, second_agent
 
 AGENT_FAMILIES: dict[str, Family] = {
     "a policy of several agents": Family(

@@ -26,6 +26,7 @@ from torchrl.modules import (
     TanhDelta,
     ValueOperator,
 )
+from torchrl.modules.models import DuelingCnnDQNet, DuelingMlpDQNet
 from torchrl.modules.models.exploration import gSDEModule
 
 B, T, OBS, ACTIONS, AGENTS, HIDDEN = 5, 4, 6, 3, 3, 8
@@ -142,9 +143,9 @@ def state_dependent() -> Any:
     return actor(TensorDictSequential(net, noisy), IndependentNormal, "loc", "scale")
 
 
-def of_agents(n_out: int, out_key: str, *, shared: bool, centralised: bool) -> TensorDictModule:
-    net = MultiAgentMLP(
-        OBS,
+def multi_agent_mlp(n_in: int, n_out: int, *, shared: bool, centralised: bool) -> MultiAgentMLP:
+    return MultiAgentMLP(
+        n_in,
         n_out,
         AGENTS,
         centralized=centralised,
@@ -153,9 +154,30 @@ def of_agents(n_out: int, out_key: str, *, shared: bool, centralised: bool) -> T
         num_cells=HIDDEN,
         activation_class=nn.ReLU,
     )
+
+
+def of_agents(n_out: int, out_key: str, *, shared: bool, centralised: bool) -> TensorDictModule:
+    net = multi_agent_mlp(OBS, n_out, shared=shared, centralised=centralised)
     return TensorDictModule(
         net, in_keys=[("agents", "observation")], out_keys=[("agents", out_key)]
     )
+
+
+def dueling_mlp(n_in: int = OBS) -> DuelingMlpDQNet:
+    features = {"in_features": n_in, "num_cells": [HIDDEN], "out_features": HIDDEN}
+    heads = {"in_features": HIDDEN, "num_cells": HIDDEN}
+    activation = {"activation_class": nn.ReLU}
+    return DuelingMlpDQNet(
+        ACTIONS, mlp_kwargs_feature=features | activation, mlp_kwargs_output=heads | activation
+    )
+
+
+def dueling_cnn(n_features: int) -> DuelingCnnDQNet:
+    """Two channels in; ``n_features`` is what its convolutions leave of a picture, flattened."""
+    layers = {"in_features": 2, "num_cells": [3, 3], "kernel_sizes": [3, 3], "strides": [2, 1]}
+    heads = {"in_features": n_features, "num_cells": HIDDEN, "depth": 1}
+    activation = {"activation_class": nn.ReLU}
+    return DuelingCnnDQNet(ACTIONS, cnn_kwargs=layers | activation, mlp_kwargs=heads | activation)
 
 
 def composite() -> Any:

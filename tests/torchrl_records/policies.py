@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import torch
-from tensordict.nn import (
-    TensorDictSequential,
-)
+from tensordict.nn import TensorDictSequential
 from torch import distributions as dist
 from torchrl.data import OneHot
 from torchrl.modules import (

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import torch
-from tensordict.nn import (
-    TensorDictModule,
-    TensorDictSequential,
-)
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.modules import (
     MLP,
@@ -22,7 +19,6 @@ from torchrl.modules import (
     SafeSequential,
     ValueOperator,
 )
-from torchrl.modules.models import DuelingCnnDQNet, DuelingMlpDQNet
 
 from torchrl_records.family import Family
 from torchrl_records.nets import (
@@ -32,6 +28,8 @@ from torchrl_records.nets import (
     B,
     Critics,
     actor,
+    dueling_cnn,
+    dueling_mlp,
     logits,
     mlp,
     observations,
@@ -39,10 +37,7 @@ from torchrl_records.nets import (
     sampler,
     trunk,
 )
-from torchrl_records.scores import (
-    entry,
-    expected_value,
-)
+from torchrl_records.scores import entry, expected_value
 
 VALUES: dict[str, Family] = {
     "MLP": Family(
@@ -161,20 +156,7 @@ VALUES: dict[str, Family] = {
     ),
     "DuelingMlpDQNet": Family(
         lambda: QValueActor(
-            DuelingMlpDQNet(
-                ACTIONS,
-                mlp_kwargs_feature={
-                    "in_features": OBS,
-                    "num_cells": [HIDDEN],
-                    "out_features": HIDDEN,
-                    "activation_class": nn.ReLU,
-                },
-                mlp_kwargs_output={
-                    "in_features": HIDDEN,
-                    "num_cells": HIDDEN,
-                    "activation_class": nn.ReLU,
-                },
-            ),
+            dueling_mlp(),
             in_keys=["observation"],
             action_space="one_hot",
         ),
@@ -184,22 +166,7 @@ VALUES: dict[str, Family] = {
     ),
     "DuelingCnnDQNet": Family(
         lambda: QValueActor(
-            DuelingCnnDQNet(
-                ACTIONS,
-                cnn_kwargs={
-                    "in_features": 2,
-                    "num_cells": [3, 3],
-                    "kernel_sizes": [3, 3],
-                    "strides": [2, 1],
-                    "activation_class": nn.ReLU,
-                },
-                mlp_kwargs={
-                    "in_features": 12,
-                    "num_cells": HIDDEN,
-                    "depth": 1,
-                    "activation_class": nn.ReLU,
-                },
-            ),
+            dueling_cnn(12),
             in_keys=["pixels"],
             action_space="one_hot",
         ),

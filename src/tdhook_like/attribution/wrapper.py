@@ -22,7 +22,15 @@ from tdhook_like.score import Score
 if TYPE_CHECKING:
     from tdhook_like.context import HookContext
 
-__all__ = ["Wrapper", "checked", "columns", "keys_only", "private_draws", "resolved"]
+__all__ = [
+    "Wrapper",
+    "checked",
+    "columns",
+    "is_one_run",
+    "keys_only",
+    "private_draws",
+    "resolved",
+]
 
 
 @dataclass(frozen=True, init=False)
@@ -57,8 +65,7 @@ class Wrapper(PathMethod):
                 else f"{type(self).__name__} cannot wrap {what}, which asks several methods itself. "
                 f"Wrap each of them, and combine what comes out: {what}({type(self).__name__}(…), …)."
             )
-        changed = type(method).attribute is not GradientMethod.attribute
-        if isinstance(method, GradientMethod) and changed:
+        if self.asks_elsewhere and is_one_run(method):
             raise ContextError(
                 f"{type(self).__name__} cannot wrap {type(method).__name__}, which is made for one "
                 "run at the explained inputs alone."
@@ -68,7 +75,7 @@ class Wrapper(PathMethod):
                 f"{type(self).__name__} asks its method at other inputs than the explained ones, and "
                 f"{type(method).__name__} has attributions of those alone."
             )
-        if method.at and getattr(method, "own_at", False):
+        if self.asks_elsewhere and method.at and getattr(method, "own_at", False):
             raise ContextError(
                 f"{type(self).__name__} cannot ask {type(method).__name__} about submodules, which it "
                 "follows along a path of its own: leave at= out."
@@ -142,6 +149,17 @@ class Wrapper(PathMethod):
             found = self.asked(first + i).attribute(score.at(point, baselines), baselines)
             rows.append(columns(found))
         return [torch.stack(key) for key in zip(*rows, strict=True)]
+
+
+def is_one_run(method: Method) -> bool:
+    """Whether a method reads more of a run than inputs and gradients, so that points cannot be stacked.
+
+    >>> from tdhook_like import GradCAM, Saliency
+    >>> is_one_run(GradCAM("y", at="0")), is_one_run(Saliency("y"))
+    (True, False)
+    """
+    own = type(method).attribute is not GradientMethod.attribute  # pyright: ignore
+    return isinstance(method, GradientMethod) and own
 
 
 def columns(attribution: Attribution) -> list[Tensor]:

@@ -127,7 +127,10 @@ class RulePlan:
         self.reaches_zeros = (
             feeds_zeros
             or self.calls_functions
-            or any(line.acts and line.rule.feeds_zeros for line in self.lines)
+            or any(
+                line.acts and (line.rule.feeds_zeros or isinstance(line.rule, PassRule))
+                for line in self.lines
+            )
         )
 
     def __str__(self) -> str:
