@@ -263,3 +263,10 @@ def test_what_makes_no_sense_is_refused(case):
     make, error, words = BAD[case]
     with pytest.raises(error, match=words):
         make()
+
+
+def test_methods_of_different_keys_are_refused_unless_the_keys_are_said():
+    methods = Saliency("y", keys=["a"]), InputXGradient("y", keys=["b"])
+    with pytest.raises(ContextError, match=r"different keys.*keys="):
+        AttributionSum(*methods)
+    assert AttributionSum(*methods, keys=("a",)).keys == ("a",)

@@ -122,7 +122,7 @@ def _one(spec: Any, td: TensorDictBase, key: NestedKey, x: Tensor, drawn: dict[i
 
 def _sampled(spec: FromBuffer, td: TensorDictBase, key: NestedKey, drawn: dict[int, Any]) -> Any:
     # One draw for all keys: a baseline is a whole observation, not a mixture of several.
-    n = max(td.numel(), 1)
+    n = max(td.batch_size.numel(), 1)  # of an empty batch, one row that is not used
     if id(spec.buffer) not in drawn:
         if not hasattr(spec.buffer, "sample"):
             raise BaselineError(
@@ -137,7 +137,7 @@ def _sampled(spec: FromBuffer, td: TensorDictBase, key: NestedKey, drawn: dict[i
             f"The buffer gave {rows.shape[0]} rows of {key!r} where {n} were asked for, one for each "
             "batch element."
         )
-    return rows.reshape((*td.batch_size, *rows.shape[1:]))
+    return rows[: td.batch_size.numel()].reshape((*td.batch_size, *rows.shape[1:]))
 
 
 def _fitting(value: Any, key: NestedKey, x: Tensor) -> Tensor:

@@ -75,6 +75,12 @@ class AttributionSum(Method):
         self._settle("methods", tuple(method for method, _ in flat))
         self._settle("weights", tuple(weight for _, weight in flat))
         first = self.methods[0]
+        if "keys" not in options and any(method.keys != first.keys for method in self.methods):
+            raise ContextError(
+                f"{type(self).__name__}: the methods attribute different keys, "
+                f"{listed(list(dict.fromkeys(method.keys for method in self.methods)))}. Name those of "
+                "the result with keys=."
+            )
         named = {f.name: f.default for f in fields(Method)}
         named.update(target=first.target, keys=first.keys, unreached=first.unreached)
         unknown = [name for name in options if name not in named]

@@ -73,7 +73,9 @@ class DeepLift(PathMethod):
     complete: ClassVar[bool] = True
     own_at: ClassVar[bool] = True
     runs_inputs: ClassVar[bool] = True
-    gap_advice: ClassVar[str] = "Functions without a rule take part, or differences lose their digits (try float64)"
+    gap_advice: ClassVar[str] = (
+        "Functions without a rule take part, or differences lose their digits (try float64)"
+    )
 
     def __post_init__(self) -> None:
         """Checks the options."""

@@ -131,9 +131,10 @@ def drawn(spec: Any, score: Score, n: int) -> list[Tensor]:
         rows = [resolve(spec, *here) for _ in range(n)]
         return [torch.stack(key) for key in zip(*rows, strict=True)]
     # All of one set of rows: those of n draws are the same ones, drawn at once.
-    found = each[0].buffer.sample(n * max(score.batch.numel(), 1))
+    elements = score.batch.numel()
+    found = each[0].buffer.sample(n * max(elements, 1))
     return [
-        found.get(one.key or key).to(x.dtype).reshape(n, *x.shape)
+        found.get(one.key or key)[: n * elements].to(x.dtype).reshape(n, *x.shape)
         for one, key, x in zip(each, score.keys, score.inputs, strict=True)
     ]
 
