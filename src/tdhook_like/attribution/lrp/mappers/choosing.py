@@ -125,12 +125,7 @@ class Mapper:
     def __repr__(self) -> str:
         asked_for = inspect.signature(type(self)).parameters
         given = [(name, getattr(self, name, p.default), p.default) for name, p in asked_for.items()]
-        # Equal, not the same: a mapper may have been pickled.
-        shown = [
-            f"{name}={value!r}"
-            for name, value, default in given
-            if type(value) is not type(default) or value != default
-        ]
+        shown = [f"{name}={value!r}" for name, value, default in given if value is not default]
         return f"{type(self).__name__}({', '.join(shown)})"
 
     def _with(self, **known: Any) -> Any:
