@@ -61,6 +61,9 @@ def quadrature(method: str, n: int) -> tuple[Tensor, Tensor]:
     return (steps + offset) / n, weights
 
 
+_LARGE = 2**13
+"""Numbers in all inputs together from which a model's run outweighs what surrounds it."""
+
 _ENDS = torch.tensor([0.0, 1.0], dtype=torch.float64)
 
 
@@ -144,7 +147,8 @@ class IntegratedGradients(PathMethod):
                 for b, way in zip(baselines, ways, strict=True)
             ]
 
-        if score.chunk() < len(nodes):
+        large = sum(x.numel() for x in score.inputs) >= _LARGE
+        if large or score.chunk() < len(nodes):
             # The ends of the path, for the gap: without a graph where that saves real work, along
             # with the nodes where a call of its own would cost more.
             scores = score.scores(path(_ENDS))

@@ -9,6 +9,7 @@ compiles, where relevance is differentiated again), the surrogate is made as eve
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import isfinite
 from typing import Any
 
 import torch
@@ -137,6 +138,14 @@ class _Factor:
         if grad is None:
             return None
         if isinstance(self._values, tuple):
-            x, y = self._values
-            self._values = quotient(nonzero(y), nonzero(x))
+            self._values = _quotient(*self._values)
         return grad * self._values
+
+
+def _quotient(x: Tensor, y: Tensor) -> Tensor:
+    """``nonzero(y) / nonzero(x)``; where there are no zeros, and that can be asked, just ``y / x``."""
+    if x.device.type == "cpu":
+        found = y / x
+        if isfinite(found.sum().item()):
+            return found
+    return quotient(nonzero(y), nonzero(x))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tdhook_like.attribution.lrp.rules.normalised import affine
 from tdhook_like.attribution.lrp.rules.parameters import (
     ZeroParams,
     parameter_names,
@@ -47,6 +48,15 @@ def nonzero_mask(y: Tensor) -> Tensor:
     No graph; same shape.
     """
     return (y.detach().abs() >= tiny(y.dtype)).to(y.dtype)
+
+
+def _known_nonzero(y: Tensor) -> bool:
+    """Whether no entry is zero, where that can be asked without breaking a trace or waiting."""
+    if torch.compiler.is_compiling() or y.device.type != "cpu" or not y.numel():
+        return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(y):  # pyright: ignore[reportAttributeAccessIssue]
+        return False
+    return y.detach().abs().min().item() >= tiny(y.dtype)
 
 
 class EpsilonRule(Rule):
@@ -277,6 +287,7 @@ class LayerNormRule(Rule):
     LayerNormRule()
     """
 
+    fresh = True
     feeds_zeros = False
     #: Names of the parameters that are read as zeros.
     zero_params: tuple[str, ...] = ()
@@ -298,17 +309,19 @@ class LayerNormRule(Rule):
         centred = x - x.mean(dims, keepdim=True) if isinstance(module, nn.LayerNorm) else x
         eps = module.eps if module.eps is not None else torch.finfo(x.dtype).eps
         power = constant(centred).pow(2).mean(dims, keepdim=True)
-        z = centred * torch.rsqrt(power + eps)  # pyright: ignore[reportOperatorIssue]
-        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        weight, bias = (self._read(module, name) for name in ("weight", "bias"))
         if module._parameters:
             refuse_nonfinite(self, module)
-        if isinstance(weight, Tensor):
-            z = z * (torch.zeros_like(weight) if "weight" in self.zero_params else weight)
-        if not self.zero_params:
-            z = z + bias if isinstance(bias, Tensor) else z
-            return z * nonzero_mask(output)
-        z = z + bias if isinstance(bias, Tensor) and "bias" not in self.zero_params else z
-        return z * ratio_by(self.stabilizer, output, z, module)
+        z = affine(centred, torch.rsqrt(power + eps), weight, bias)  # pyright: ignore[reportOperatorIssue]
+        if self.zero_params:
+            return z * ratio_by(self.stabilizer, output, z, module)
+        return z if _known_nonzero(output) else z * nonzero_mask(output)
+
+    def _read(self, module: nn.Module, name: str) -> Tensor | None:
+        value = getattr(module, name, None)
+        if not isinstance(value, Tensor):
+            return None
+        return torch.zeros_like(value) if name in self.zero_params else value
 
 
 class PseudoIdentityRule(Rule):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tdhook_like.hooks.surrogate import constant
 
-__all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
+__all__ = ["affine", "batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
 
 
 def layer_norm(
@@ -34,7 +34,7 @@ def layer_norm(
     tensor([[-1., 1.]])
     """
     dims = tuple(range(-len(normalized_shape), 0))
-    return _affine(*_standard(input, dims, eps), weight, bias)
+    return affine(*_standard(input, dims, eps), weight, bias)
 
 
 def rms_norm(
@@ -54,7 +54,7 @@ def rms_norm(
     dims = tuple(range(-len(normalized_shape), 0))
     eps = torch.finfo(input.dtype).eps if eps is None else eps
     power = constant(input).pow(2).mean(dims, keepdim=True)
-    return _affine(input, torch.rsqrt(power + eps), weight, None)
+    return affine(input, torch.rsqrt(power + eps), weight, None)
 
 
 def group_norm(
@@ -77,7 +77,7 @@ def group_norm(
     centred, scale = _standard(grouped, (-1,), eps)
     scale = scale.expand(grouped.shape).reshape(input.shape)
     weight, bias = _channels(weight, input), _channels(bias, input)
-    return _affine(centred.reshape(input.shape), scale, weight, bias)
+    return affine(centred.reshape(input.shape), scale, weight, bias)
 
 
 def instance_norm(
@@ -102,7 +102,7 @@ def instance_norm(
     if not use_input_stats:
         return None  # affine, with what it has seen in training
     weight, bias = _channels(weight, input), _channels(bias, input)
-    return _affine(*_standard(input, tuple(range(2, input.ndim)), eps), weight, bias)
+    return affine(*_standard(input, tuple(range(2, input.ndim)), eps), weight, bias)
 
 
 def batch_norm(
@@ -131,7 +131,7 @@ def batch_norm(
     # torch's own variance takes several times as long.
     power = constant(centred).pow(2).mean(dims, keepdim=True)
     weight, bias = _channels(weight, input), _channels(bias, input)
-    return _affine(centred, torch.rsqrt(power + eps), weight, bias)
+    return affine(centred, torch.rsqrt(power + eps), weight, bias)
 
 
 def _standard(x: Tensor, dims: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor]:
@@ -144,7 +144,8 @@ def _channels(value: Tensor | None, x: Tensor) -> Tensor | None:
     return None if value is None else value.reshape(-1, *[1] * (x.ndim - 2))
 
 
-def _affine(x: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def affine(x: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """``x · G(scale · weight) + G(bias)``; the parts broadcast to x."""
     # Constants first: the graph then keeps one tensor, and none for the weights' sake.
     z = x * (scale if weight is None else scale * constant(weight))
     return z if bias is None else z + constant(bias)
