@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
 
 from tdhook_like.errors import PathError, listed
 
@@ -62,12 +63,16 @@ def unwrapped(module: nn.Module) -> nn.Module:
     >>> unwrapped(nn.DataParallel(net)) is net
     True
     """
-    while isinstance(module, _WRAPPERS):
-        module = module._orig_mod if isinstance(module, OptimizedModule) else module.module
+    while _wraps(type(module)):
+        inner: Any = module._orig_mod if isinstance(module, OptimizedModule) else module.module
+        module = inner
     return module
 
 
-_WRAPPERS = (OptimizedModule, nn.DataParallel, nn.parallel.DistributedDataParallel)
+@functools.lru_cache(maxsize=512)
+def _wraps(kind: type) -> bool:
+    # Remembered: one of these asks whoever derives from it, which takes long.
+    return issubclass(kind, (OptimizedModule, nn.DataParallel, DistributedDataParallel))
 
 
 def children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -75,9 +80,12 @@ def children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, child in module._modules.items():
         if child is not None:
             yield name, child
+    held = vars(module)
+    if not held.keys() - _HELD:
+        return
     others = [
         (name, value)
-        for name, value in vars(module).items()
+        for name, value in held.items()
         if name not in _HELD and type(value) not in _PLAIN
     ]
     for name, value in others:

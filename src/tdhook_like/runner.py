@@ -45,7 +45,9 @@ class Runner:
         self.overwrites = any(
             getattr(part, "inplace", False) is True
             for part in parts
-            if not isinstance(part, TensorDictModuleBase)
+            # nn.Module looks long for what is not there.
+            if ("inplace" in vars(part) or hasattr(type(part), "inplace"))
+            and not isinstance(part, TensorDictModuleBase)
         )
 
     @property

@@ -206,4 +206,13 @@ _OWN_TREATMENT = frozenset(
 
 def is_scripted(module: nn.Module) -> bool:
     """Whether any part of the module is TorchScript, which calls no Python."""
-    return any(isinstance(part, torch.jit.ScriptModule) for part in module.modules())
+    seen: set[int] = set()
+    waiting: list[nn.Module] = [module]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, torch.jit.ScriptModule):
+            return True
+        if id(part) not in seen:
+            seen.add(id(part))
+            waiting.extend(child for child in part._modules.values() if child is not None)
+    return False

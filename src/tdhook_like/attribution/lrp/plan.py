@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
@@ -22,8 +22,7 @@ from tdhook_like.paths import Walked, walk
 __all__ = ["Planned", "RulePlan"]
 
 
-@dataclass(frozen=True)
-class Planned:
+class Planned(NamedTuple):
     """One line of a plan.
 
     Attributes:

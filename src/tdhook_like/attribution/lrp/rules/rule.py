@@ -267,8 +267,7 @@ def changes() -> int:
 
 def registered(module: nn.Module) -> Rule | None:
     """The rule that was last put on the module by hand, if any."""
-    with _LOCK:
-        handles = _REGISTERED.get(id(module))
+    handles = _REGISTERED.get(id(module))
     return handles[-1].rule if handles else None
 
 
