@@ -23,7 +23,7 @@ class MaskRule(Rule):
     pass, what ``rule`` conserves. As any rule it goes with every mapper:
     ``EpsilonPlus(rule_mapper=lambda name, m: MaskRule(3, ZPlusRule()) if name == "conv" else None)``.
 
-    Source: Achtibat et al. 2023, eq. 4 (conditional relevance propagation, CRP).
+    Source: Achtibat et al. 2023 (conditional relevance propagation, CRP).
 
     Args:
         channels: The channels that pass: an index, a sequence of indices or an integer tensor of

@@ -34,7 +34,7 @@ class ArgmaxRule(WeightRule):
     part. Among equal contributions the first input wins, in the order channel, position. Where
     padding repeats inputs, these collect what their copies win. Conserves everything.
 
-    Source: Huber, Schiller & André 2019, section 3 (argmax rule, for deep Q-networks).
+    Source: Huber, Schiller & André 2019 (the argmax rule, for deep Q-networks).
 
     >>> ArgmaxRule()
     ArgmaxRule()
