@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,19 +18,23 @@ from tdhook_like.attribution.lrp.ledger.recorder import Recorder
 from tdhook_like.attribution.method import Attribution, GradientMethod, PathMethod, by_member
 from tdhook_like.baselines import resolve
 from tdhook_like.captured import Captured
+from tdhook_like.checks import (
+    check_destination,
+    check_reached,
+    check_scores,
+    explain_failure,
+    tell_of,
+)
 from tdhook_like.columns import TargetColumns, joined, members_last
 from tdhook_like.errors import (
     InputError,
-    KeyNotFoundError,
     PathError,
-    TargetError,
     TdhookLikeError,
-    listed,
 )
 from tdhook_like.hooks.functional import Functions
-from tdhook_like.hooks.installation import Handler, Installation
 from tdhook_like.hooks.surrogate import Twice
-from tdhook_like.keys import as_tuple, check_writable
+from tdhook_like.installed import GradientsOn, installed
+from tdhook_like.keys import as_tuple
 from tdhook_like.layout import Run
 from tdhook_like.ports import Ports, with_ports
 from tdhook_like.randomness import ForeignDraws, OwnDraws, moved, restore_rng, rng_state
@@ -40,7 +43,7 @@ from tdhook_like.runner import Undo, View, direct
 from tdhook_like.score import Evaluation, Score
 from tdhook_like.shadow import Itself, Shadow, stand_in
 from tdhook_like.targets import AtStep, Reference
-from tdhook_like.writing import Written, report, results, write, write_outputs
+from tdhook_like.writing import Written, results, write, write_outputs
 
 if TYPE_CHECKING:
     from tdhook_like.context import HookContext
@@ -81,7 +84,7 @@ class Call:
     def drive(self, destination: TensorDictBase) -> TensorDictBase:
         """The plain call, and its explanation; outputs and attributions go to ``destination``."""
         runner, method = self._context.runner, self._method
-        self._check_destination(destination, self._context.out_keys)
+        check_destination(self._context, destination, self._context.out_keys)
         grads, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         undo = Undo(runner, self._state)
         try:
@@ -90,7 +93,7 @@ class Call:
                 light = self._is_light and self._flow.recorder is None
                 run, captured = runner.view if light else self._filled(runner.run), Captured()
                 # Rules stay on for the backward pass, in which checkpointed blocks run again.
-                with _gradients(inference), self._ruled(captured, _same):
+                with GradientsOn(inference), self._ruled(captured, _same):
                     evaluation, targets = self._evaluate(run, captured)
                     outputs = evaluation.outputs
                     found = self._combined(method, evaluation, targets)
@@ -120,13 +123,13 @@ class Call:
         may = may and not self._context.runner.is_wrapped
         may = may and isinstance(stand_in(self._context.model), Itself)
         if may and known.get(tried):
-            with _gradients(inference):
+            with GradientsOn(inference):
                 found = self._explained(None)
             outputs = found.attribution.outputs
             return self._plainly() if outputs is None else outputs, None, found
         outputs = self._plainly()
         own = self._own  # which the explanation's runs overwrite
-        with _gradients(inference):
+        with GradientsOn(inference):
             found = self._explained(None if isinstance(outputs, View) else outputs)
         if may and tried not in known and len(known) < 256:
             seen = found.attribution.outputs
@@ -152,9 +155,9 @@ class Call:
 
     def observe(self, destination: TensorDictBase) -> TensorDictBase:
         """The explanation alone: nothing of the model, its buffers or the RNG changes."""
-        self._check_destination(destination, self._context.written())
+        check_destination(self._context, destination, self._context.written())
         self._observing, self._batch = True, destination.batch_size
-        with _gradients(torch.is_inference_mode_enabled()):
+        with GradientsOn(torch.is_inference_mode_enabled()):
             found = self._explained(None)
         write(
             self._context,
@@ -188,12 +191,12 @@ class Call:
             return False
         known, tried = self._context.one_run, (grads, inference, self._shapes())
         if tried not in known:
-            with _gradients(inference):  # what is made under inference mode takes part in no graph
+            with GradientsOn(inference):  # what is made under inference mode takes part in no graph
                 shadow = Shadow(self._context.model)
             copied = private_copy(self._td, self._context.in_keys, own=True)
             with ForeignDraws():
                 plain = self._attempt(self._steady, shadow, copied)
-            with _gradients(inference), ForeignDraws():
+            with GradientsOn(inference), ForeignDraws():
                 run = self._filled(lambda td: self._steady(shadow, td))
                 traced = self._attempt(run, self._td, self._fed(self._leaves()))
             if len(known) > 256:  # batches of ever new sizes
@@ -233,7 +236,7 @@ class Call:
         except TdhookLikeError:
             raise
         except Exception as error:
-            self._explain_failure(error)
+            explain_failure(self._context, self._td, self._inputs, error)
             raise
         finally:
             if mode is not None:
@@ -292,7 +295,7 @@ class Call:
             seen = self._flow.recorder.outputs(seen, self._flow)
         scores = targets(seen, outputs.batch_dims)
         for part in scores:
-            self._check_scores(part)
+            check_scores(context, part)
         # An ensemble gives a batch of its own, members first: each member is a target apart.
         own = outputs.batch_dims - self._td.batch_dims
         if own and not self._undeclared:
@@ -329,7 +332,8 @@ class Call:
         targets: TargetColumns,
     ) -> Written:
         attribution = method.attribute(evaluation)
-        self._check_reached()  # what has no rule is counted once relevance arrives there
+        # Behind the backward pass: what has no rule is counted once relevance arrives there.
+        check_reached(self._context, self._flow)
         self._context.ledger = attribution.ledger
         return self._result(attribution, targets, evaluation.outputs, evaluation.captured)
 
@@ -391,8 +395,8 @@ class Call:
             attribution.inputs, attribution.errors = [], None
         if context.at is not None and not at:
             at_submodules(method, score, context, attribution)
-        self._check_reached()
-        self._tell_of(Counter(attribution.unhandled))
+        check_reached(self._context, self._flow)
+        tell_of(context, Counter(attribution.unhandled))
         return self._result(attribution, targets, outputs, captured)
 
     def _once(
@@ -541,118 +545,9 @@ class Call:
         ports: Ports | None = None,
         plain: bool = False,
     ) -> AbstractContextManager[object]:
-        """Rules (and captures, where asked for) on, for this thread and the length of a block.
-
-        Args:
-            captured: Where what flows out of chosen submodules is kept.
-            of: From a module to the one that runs in its place.
-            functions: A mode that a method without rules brings.
-            ports: The submodules whose outputs are read or set.
-            plain: Whether rules stay off: for values, which they do not change.
-        """
-        context, flow = self._context, self._flow
-        plan = None if plain else context.plan
-        after: dict[int, tuple[nn.Module, Handler]] = {}
-        before, closed = {}, []
-        if plan is not None:
-            if plan.calls_functions or flow.recorder is not None:
-                flow.mode = Functions(context.functions.around(flow))
-            after, before, closed = plan.hooks(flow, of)
-        if captured is not None:
-            for path, original in context.captures.items():
-                module = of(original)
-                rule = after.get(id(module), (module, None))[1]
-                explained = context.at is not None and path in context.at.named
-                begin = flow.begin if explained and context.method.single_pass else None
-                after[id(module)] = (module, captured.handler(path, rule, begin))
-        if ports is not None:
-            for path, original in ports.modules.items():
-                module = of(original)
-                rule = after.get(id(module), (module, None))[1]
-                after[id(module)] = (module, ports.handler(path, rule))
-        mode = functions or (None if plain else flow.mode)
-        if not after and not before and mode is None:
-            return self._twice or nullcontext()
-        return Installation(
-            after.values(),
-            before.values(),
-            mode,
-            closed,
-            self._twice,
-            context.scratch,
-            keywords=flow.recorder is not None,
-        )
-
-    def _check_destination(self, td: TensorDictBase, keys: Iterable[NestedKey]) -> None:
-        check_writable(td, keys)
-        root = self._method.root
-        if isinstance(td.get(root, None), Tensor):
-            raise KeyNotFoundError(
-                f"{root!r} is taken: the TensorDict holds a tensor there, which would be lost. Give "
-                "another root= for the results."
-            )
-
-    def _explain_failure(self, error: Exception) -> None:
-        if "leaf Variable that requires grad" in str(error):
-            raise InputError(
-                "The model overwrites one of its inputs in place, which cannot be differentiated: "
-                f"attributed keys are {listed(self._inputs)}. Let it work on a copy, or attribute "
-                "other keys."
-            ) from error
-        missing = [key for key in self._context.in_keys if self._td.get(key, None) is None]
-        # Some keys may be absent (a first hidden state): then something else is wrong.
-        if missing and isinstance(error, KeyError | TypeError | AttributeError):
-            raise KeyNotFoundError(
-                f"The model failed, and the TensorDict lacks {listed(missing)}, which it reads. It "
-                f"has {listed(self._td.keys(True, True))}."
-            ) from error
-
-    def _check_reached(self) -> None:
-        plan = self._context.plan
-        if plan is None:
-            return
-        flow, context = self._flow, self._context
-        if self._method.unreached == "raise":
-            plan.check_reached(flow.reached)
-        context.applied = flow.applied
-        self._tell_of(flow.unhandled)
-
-    def _tell_of(self, unhandled: Counter[str]) -> None:
-        """Says which functions had no rule. What is only said is said once; an error is one each time."""
+        """Rules on, for this thread and the length of a block; see :func:`installed`."""
         context = self._context
-        said = context.unhandled if self._method.unhandled == "warn" else ()
-        new = [name for name in unhandled if name not in said]
-        context.unhandled = context.unhandled | unhandled
-        if new and self._method.unhandled != "ignore":
-            report(self._method, new)
-
-    def _check_scores(self, scores: Tensor) -> None:
-        if isfinite(scores.detach().sum().item()):
-            return
-        bad = int((~torch.isfinite(scores)).any(-1).sum())
-        if bad:
-            raise TargetError(
-                f"The target is NaN or Inf in {bad} of {scores[..., 0].numel()} batch elements: "
-                f"{listed(self._context.targets.values())}."
-            )
-
-
-class _gradients:
-    """Gradients on, whatever the caller has set: collectors run under no_grad."""
-
-    def __init__(self, inference: bool) -> None:
-        self._inference = torch.inference_mode(False) if inference else None
-
-    def __enter__(self) -> None:
-        if self._inference is not None:
-            self._inference.__enter__()
-        self._before = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(True)
-
-    def __exit__(self, *error: Any) -> None:
-        torch._C._set_grad_enabled(self._before)
-        if self._inference is not None:
-            self._inference.__exit__(*error)
+        return installed(context, self._flow, self._twice, captured, of, functions, ports, plain)
 
 
 def _same(module: nn.Module) -> nn.Module:
