@@ -9,8 +9,8 @@ compiles, where relevance is differentiated again), the surrogate is made as eve
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from math import isfinite
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,17 +72,8 @@ def delayed(output: Tensor, factor: Callable[[Tensor], Tensor]) -> Tensor:
     """
     if not waits(output) or saving_is_watched():
         return attach(output, output * factor(output), fresh=True)
-    found: list[Tensor] = []
-
-    def arrives(grad: Tensor | None) -> Tensor | None:
-        if grad is None:
-            return None
-        if not found:
-            found.append(factor(output))
-        return grad * found[0]
-
     held = output.clone()
-    held.register_hook(arrives)
+    held.register_hook(_Later(partial(factor, output)))
     return held
 
 
@@ -120,26 +111,27 @@ def passed(x: Tensor, output: Tensor) -> Tensor:
         if differentiated_again():
             x = x.clone()  # the product keeps it, and the model may overwrite it
         return attach(output, x * quotient(nonzero(output), nonzero(x)), fresh=True)
-    factor = _Factor(x, output)
+    # Of values that the model cannot change.
+    later = _Later(partial(_quotient, x.detach().clone(), output.detach()))
     held = x.clone()
     with torch.no_grad():
         held.copy_(output)
-    held.register_hook(factor)
+    held.register_hook(later)
     return held
 
 
-class _Factor:
-    """``G(y / x)``, worked out when it is first asked for, of values that the model cannot change."""
+class _Later:
+    """A hook that multiplies by a factor, worked out when something first arrives."""
 
-    def __init__(self, x: Tensor, y: Tensor) -> None:
-        self._values: Any = (x.detach().clone(), y.detach())
+    def __init__(self, factor: Callable[[], Tensor]) -> None:
+        self._factor: Callable[[], Tensor] | Tensor = factor
 
     def __call__(self, grad: Tensor | None) -> Tensor | None:
         if grad is None:
             return None
-        if isinstance(self._values, tuple):
-            self._values = _quotient(*self._values)
-        return grad * self._values
+        if not isinstance(self._factor, Tensor):
+            self._factor = self._factor()
+        return grad * self._factor
 
 
 def _quotient(x: Tensor, y: Tensor) -> Tensor:

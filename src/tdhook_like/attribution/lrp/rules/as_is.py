@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tdhook_like.attribution.lrp.rules.normalised import affine
 from tdhook_like.attribution.lrp.rules.parameters import (
     ZeroParams,
+    can_be_asked,
     parameter_names,
     read_with_zeros,
     refuse_nonfinite,
@@ -52,9 +53,7 @@ def nonzero_mask(y: Tensor) -> Tensor:
 
 def _known_nonzero(y: Tensor) -> bool:
     """Whether no entry is zero, where that can be asked without breaking a trace or waiting."""
-    if torch.compiler.is_compiling() or y.device.type != "cpu" or not y.numel():
-        return False
-    if torch._C._functorch.is_functorch_wrapped_tensor(y):  # pyright: ignore[reportAttributeAccessIssue]
+    if not can_be_asked(y) or y.device.type != "cpu" or not y.numel():
         return False
     return y.detach().abs().min().item() >= tiny(y.dtype)
 

@@ -13,6 +13,7 @@ from tdhook_like.attribution.lrp.modifiers import effective_parameters, with_par
 from tdhook_like.attribution.lrp.rules.as_is import single_input
 from tdhook_like.attribution.lrp.rules.parameters import (
     ZeroParams,
+    can_be_asked,
     parameter_names,
     refuse_nonfinite,
     running_again,
@@ -136,9 +137,7 @@ def known_nonnegative(x: Tensor) -> bool:
 
     Under vmap, grad transforms, compilation and CUDA graphs it cannot, and the answer is no.
     """
-    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x):  # pyright: ignore[reportAttributeAccessIssue]
-        return False
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+    if not can_be_asked(x):
         return False
     # Its least entry, not a comparison of all: several times as fast. NaN is not known to be.
     return not x.numel() or x.detach().min().item() >= 0

@@ -19,6 +19,7 @@ from tdhook_like.randomness import OwnDraws
 
 __all__ = [
     "ZeroParams",
+    "can_be_asked",
     "parameter_names",
     "read_with_zeros",
     "refuse_nonfinite",
@@ -143,7 +144,7 @@ def refuse_nonfinite(
         if value is not None and not _known_finite(value):
             _refuse(rule, module, name, value)
     for name, value in (computed or {}).items():
-        if name not in module._parameters and _can_be_asked(value) and not _all_finite(value):
+        if name not in module._parameters and can_be_asked(value) and not _all_finite(value):
             _refuse(rule, module, name, value)
 
 
@@ -151,7 +152,7 @@ def _known_finite(value: Tensor) -> bool:
     seen = _FINITE.get(id(value))
     if seen is not None and seen[0]() is value and seen[1] == _version(value):
         return True
-    if not _can_be_asked(value):
+    if not can_be_asked(value):
         return True
     version = _version(value)
     if not _all_finite(value):
@@ -165,7 +166,10 @@ def _version(value: Tensor) -> int:
     return -1 if value.is_inference() else value._version
 
 
-def _can_be_asked(value: Tensor) -> bool:
+def can_be_asked(value: Tensor) -> bool:
+    """Whether a tensor tells its values without breaking a trace, a transform or a CUDA graph."""
+    if torch.compiler.is_compiling():
+        return False
     if type(value) not in (Tensor, nn.Parameter) or not value.is_floating_point() or value.is_meta:
         return False
     if value.itemsize < 2 or torch._C._functorch.is_functorch_wrapped_tensor(value):  # pyright: ignore[reportAttributeAccessIssue]
