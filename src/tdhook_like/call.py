@@ -41,7 +41,7 @@ from tdhook_like.randomness import ForeignDraws, OwnDraws, moved, restore_rng, r
 from tdhook_like.reading import attributed, declare, private_copy, same_bits
 from tdhook_like.runner import Undo, View, direct
 from tdhook_like.score import Evaluation, Score
-from tdhook_like.shadow import Itself, Shadow, stand_in
+from tdhook_like.shadow import Itself, Shadow, is_stateless, stand_in
 from tdhook_like.targets import AtStep, Reference
 from tdhook_like.writing import Written, results, write, write_outputs
 
@@ -121,10 +121,10 @@ class Call:
         may = isinstance(self._method, PathMethod) and self._method.runs_inputs
         may = may and self._is_light and self._context.targets_are_fixed
         may = may and not self._context.runner.is_wrapped
-        may = may and isinstance(stand_in(self._context.model), Itself)
+        may = may and is_stateless(self._context.model)
         if may and known.get(tried):
             with GradientsOn(inference):
-                found = self._explained(None)
+                found = self._explained(None, Itself(self._context.model))
             outputs = found.attribution.outputs
             return self._plainly() if outputs is None else outputs, None, found
         outputs = self._plainly()
@@ -242,13 +242,16 @@ class Call:
             if mode is not None:
                 mode.running -= 1
 
-    def _explained(self, plain: TensorDictBase | None) -> Written:
+    def _explained(
+        self, plain: TensorDictBase | None, shadow: Shadow | Itself | None = None
+    ) -> Written:
         """Explains on a shadow of the model, which no evaluation can leave a trace on.
 
         Args:
             plain: What the plain call wrote, where there was one; targets are bound there.
+            shadow: What the explanation runs on, where that is known already.
         """
-        shadow = stand_in(self._context.model)
+        shadow = stand_in(self._context.model) if shadow is None else shadow
         with self._foreign(shadow):
             return self._explained_on(shadow, plain)
 
